@@ -1,0 +1,14 @@
+"Small things that many tests use"
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    "An empty folder for saved results"
+    monkeypatch.setenv('PLASTICITY_RESULTS', str(tmp_path/'results'))
+    return tmp_path/'results'

@@ -1,0 +1,153 @@
+import importlib, json, random, sys, textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from plasticity.results import (Result, Table, dependencies, did_you_mean, essence, generator, method, pick_device, random_state,
+                                results_state, saved_run, seeded, set_random_state, stream_seed, write_atomic)
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    "Write a module of this name (it counts as ours) and import it"
+    monkeypatch.syspath_prepend(tmp_path)
+    import plasticity
+    def make(source, name='scratch_module'):
+        monkeypatch.setattr(plasticity, '__path__', [*plasticity.__path__, str(tmp_path)])
+        (tmp_path/f'{name}.py').write_text(textwrap.dedent(source))
+        sys.modules.pop(f'plasticity.{name}', None)
+        importlib.invalidate_caches()
+        import linecache
+        linecache.clearcache()
+        return importlib.import_module(f'plasticity.{name}')
+    yield make
+    sys.modules.pop('plasticity.scratch_module', None)
+
+BASE = '''
+    SCALE = 3
+    class Helper:
+        "Helps"
+        def go(self, x): return inner(x)*SCALE
+    def inner(x):
+        "Doc"
+        return x + 1   # one more
+    def run(n=2, seed=0, device=None): return dict(v=Helper().go(n), seed=seed)
+    def unrelated(): return 1
+'''
+
+def test_prose_and_layout_do_not_count(module):
+    a = dependencies(module(BASE).run)
+    prose = BASE.replace('"Doc"', '"Other words, ä €"').replace('# one more', '# really').replace('return x + 1', 'return x  +  1')
+    b = dependencies(module(prose).run)
+    assert a == b
+    assert {k.rsplit('.', 1)[1] for k in a} == {'run', 'Helper', 'inner', 'SCALE'}
+
+CHANGES = [('x + 1', 'x + 2', 'inner'), ('SCALE = 3', 'SCALE = 4', 'SCALE'), ('(x)*SCALE', '(x)*SCALE*1', 'Helper')]
+
+@pytest.mark.parametrize('old, new, name', CHANGES)
+def test_what_runs_counts(module, old, new, name):
+    a, b = dependencies(module(BASE).run), dependencies(module(BASE.replace(old, new)).run)
+    assert [k.rsplit('.', 1)[1] for k in a if a[k] != b[k]] == [name]
+
+def test_an_added_method_counts(module):
+    src = BASE + '''
+    from plasticity.results import method
+    @method(Helper)
+    def more(self): return 1
+    def run2(): return dict(v=Helper().more())
+    '''
+    a, b = dependencies(module(src).run2), dependencies(module(src.replace('return 1\n    def run2', 'return 2\n    def run2')).run2)
+    assert [k for k in a if a[k] != b[k]] == ['plasticity.scratch_module.Helper.more']
+
+def test_saved_run_round_trip_and_stale(module, results):
+    m = module(BASE)
+    r = saved_run(m.run, run=True, n=5, device='cpu')
+    assert r == dict(v=18, seed=0) and not r.stale and r.meta['settings'] == dict(n=5)
+    assert saved_run([m.run], n=5) == r and 'stale' not in repr(r)
+    m2 = module(BASE.replace('x + 1', 'x + 2'))
+    old = saved_run([m2.run], n=5)
+    assert old == r and old.stale == ('plasticity.scratch_module.inner',) and '**stale**' in old._repr_markdown_()
+
+def test_saved_run_refuses(module, results):
+    m = module(BASE)
+    with pytest.raises(FileNotFoundError, match='run=True'): saved_run(m.run)
+    saved_run(m.run, run=True, n=5)
+    with pytest.raises(ValueError, match='asked for'): saved_run(m.run, n=6)
+    with pytest.raises(ValueError, match='seed 0'): saved_run(m.run, n=5, seed=1)
+    with pytest.raises(TypeError, match='returns a dict'): saved_run(m.unrelated, run=True)
+    with pytest.raises(TypeError, match='fns'): saved_run(['run'], run=True, name='x')
+    def bad(): return dict(a=[object()])
+    with pytest.raises(TypeError, match=r"result\['a'\]\[0\]"): saved_run(bad, run=True)
+    assert not (results/'bad.json').exists() and not list(results.glob('.*.tmp'))
+
+def test_saved_run_by_environment(module, results, monkeypatch):
+    monkeypatch.setenv('PLASTICITY_RUN', 'other,run')
+    assert saved_run(module(BASE).run, n=1)['v'] == 6
+
+def test_results_state(module, results, tmp_path):
+    def notebook(name, *cells):
+        nb = dict(cells=[dict(cell_type='code', source=c.splitlines(keepends=True)) for c in cells])
+        (tmp_path/f'{name}.ipynb').write_text(json.dumps(nb))
+    m = module(BASE)
+    saved_run(m.run, run=True)
+    saved_run(m.run, run=True, name='lonely')
+    notebook('a', '%matplotlib inline\nimport x', 'r = saved_run([run])\nsaved_run(run, name="gone")')
+    state = {r['name']: r['state'] for r in results_state(tmp_path)}
+    assert state == dict(run='current', gone='missing', lonely='unused')
+    module(BASE.replace('x + 1', 'x + 2'))
+    assert results_state(tmp_path).where(name='run')[0]['state'] == 'stale'
+
+def test_essence_handles_strings_and_unicode():
+    assert essence('def f():\n    "d"\n    return "# no comment"  # é\n') == 'deff():return"#nocomment"'
+    assert essence('x = 1') == 'x=1'
+
+def test_streams_differ_and_repeat():
+    seeds = {stream_seed(s, w, i) for s in range(20) for w in 'ab' for i in range(20)}
+    assert len(seeds) == 800 and all(0 <= s < 2**63 for s in seeds)
+    assert torch.equal(torch.rand(3, generator=generator(1, 'x')), torch.rand(3, generator=generator(1, 'x')))
+    with pytest.raises(TypeError, match='seed'): generator('a')
+    with pytest.raises(TypeError, match='seed'): generator(True)
+
+def test_seeded_restores_everything_also_after_an_error():
+    before = random_state()
+    with pytest.raises(KeyError), seeded(3): torch.rand(2); random.random(); np.random.rand(); raise KeyError  # noqa: NPY002
+    assert random_state() == before
+
+def test_random_state_through_json():
+    state = json.loads(json.dumps(random_state()))
+    a = torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+    set_random_state(state)
+    b = torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+    assert torch.equal(a[0], b[0]) and a[1:] == b[1:]
+
+def test_pick_device():
+    assert pick_device('cpu').type == 'cpu' and pick_device(torch.device('cpu')).type == 'cpu'
+    for bad in ('gpu', 'cudaa', None, 3.5):
+        with pytest.raises(ValueError, match='device: got'): pick_device(bad)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='this machine has only'): pick_device('cuda')
+
+def test_table():
+    t = Table([dict(a=1, b='x|y'), dict(a=torch.tensor(2.5), c=None)])
+    assert t.columns == ['a', 'b', 'c'] and 'x\\|y' in t._repr_markdown_() and '2.5' in repr(t)
+    assert repr(Table()) == 'an empty table' and Table().column('a') == []
+    assert 'more' not in repr(t) and repr(Table([dict(i=i) for i in range(100)], limit=3)).count('\n') == 4
+    with pytest.raises(KeyError, match="no column 'd'"): t.column('d')
+    with pytest.raises(KeyError): t.where(zz=1)
+    assert t.where(a=1) == [dict(a=1, b='x|y')]
+
+def test_method_and_suggestions():
+    class A: pass
+    @method(A)
+    def go(self): return 3
+    assert A().go() == 3 and go.__qualname__.endswith('A.go')
+    assert "did you mean 'relu'" in did_you_mean('rellu', ['relu', 'tanh']) and 'there are: a, b' in did_you_mean('zzz', 'ab')
+
+def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
+    write_atomic(tmp_path/'f', 'one')
+    with pytest.raises(TypeError): write_atomic(tmp_path/'f', 3)
+    assert (tmp_path/'f').read_text() == 'one' and len(list(tmp_path.iterdir())) == 1
+
+def test_result_is_a_dict():
+    r = Result(dict(a=1), dict(name='n', seed=0, device='cpu', torch='2', seconds=1., commit='c', date='d'))
+    assert r['a'] == 1 and 'n: seed 0' in repr(r)
