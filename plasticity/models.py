@@ -8,8 +8,8 @@ __all__ = ['ACTIVATIONS', 'NORMS', 'MODELS', 'RESNETS', 'activation', 'gain', 'd
            'CNN', 'branch_scale', 'Residual', 'ResNet', 'Attention', 'Block', 'default_patch', 'ViT', 'make_model',
            'flops']
 
-# %% ../nbs/02_models.ipynb #efcb083e
-import inspect, math
+# %% ../nbs/02_models.ipynb #13fee4d4
+import inspect, math, operator
 from collections import OrderedDict
 from contextlib import nullcontext
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from .results import did_you_mean, seeded
 
-# %% ../nbs/02_models.ipynb #f9d35147
+# %% ../nbs/02_models.ipynb #ddbe9670
 ACTIVATIONS = dict(relu=nn.ReLU, leaky_relu=nn.LeakyReLU, tanh=nn.Tanh, sigmoid=nn.Sigmoid, gelu=nn.GELU, elu=nn.ELU,
                    selu=nn.SELU, silu=nn.SiLU, linear=nn.Identity)
 
@@ -30,14 +30,14 @@ def activation(
     if name not in ACTIVATIONS: raise ValueError(f'activation: got {name!r}{did_you_mean(name, ACTIVATIONS)}')
     return ACTIVATIONS[name]()
 
-# %% ../nbs/02_models.ipynb #13be0f59
+# %% ../nbs/02_models.ipynb #e533ef7b
 def normal_grid():
     "Points and weights: sum(w * f(z)) is the mean of f over a standard normal"
     z = torch.linspace(-10, 10, 20001, dtype=torch.float64, device='cpu')
     w = torch.exp(-z**2 / 2)
     return z, w / w.sum()
 
-# %% ../nbs/02_models.ipynb #77c4ae13
+# %% ../nbs/02_models.ipynb #62b7eaa3
 def gain(
     act # name, or any function of a tensor
 ) -> tuple: # (gain, whether the rows of the weight are centred)
@@ -50,7 +50,7 @@ def gain(
     if square - mean**2 < 1e-12: raise ValueError(f'act: {act!r} is constant on N(0, 1), no weights keep its variance')
     return ((square - mean**2)**-.5, True) if mean**2 > square / 2 else (square**-.5, False)
 
-# %% ../nbs/02_models.ipynb #08ec1da9
+# %% ../nbs/02_models.ipynb #df0052e2
 @torch.no_grad()
 def draw_weight(
     weight, # (units, ...), changed in place
@@ -63,14 +63,14 @@ def draw_weight(
     if centred and n > 1: weight.sub_(weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))).mul_((n / (n - 1))**.5)
     return weight
 
-# %% ../nbs/02_models.ipynb #86f28343
+# %% ../nbs/02_models.ipynb #6af084df
 def norm_groups(
     units:int # width to be divided
 ) -> int: # the largest divisor of `units` up to 32 that leaves groups of at least four
     "How many groups a group norm makes of this width"
     return max(d for d in range(1, 33) if units % d == 0 and (d == 1 or units // d >= 4))
 
-# %% ../nbs/02_models.ipynb #2190a65b
+# %% ../nbs/02_models.ipynb #a89a9a05
 class TokenBatchNorm(nn.BatchNorm1d):
     "Batch norm over (batch, tokens, units)"
     def forward(self, x): return super().forward(x.flatten(0, -2)).reshape(x.shape)
@@ -83,7 +83,7 @@ class TokenInstanceNorm(nn.InstanceNorm1d):
     "Instance norm over the tokens of each image of (batch, tokens, units)"
     def forward(self, x): return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
-# %% ../nbs/02_models.ipynb #711eabf3
+# %% ../nbs/02_models.ipynb #9ea9904e
 NORMS = ('none', 'batch', 'layer', 'group', 'instance')
 _NORMS = dict(vector=dict(batch=nn.BatchNorm1d, group=nn.GroupNorm),
               map=dict(batch=nn.BatchNorm2d, group=nn.GroupNorm, instance=nn.InstanceNorm2d),
@@ -116,21 +116,19 @@ def normalization(
     if name == 'layer' and layout != 'map': return nn.LayerNorm(units, elementwise_affine=affine)
     return _NORMS[layout]['group'](n_groups, units, affine=affine)
 
-# %% ../nbs/02_models.ipynb #8b68bf1e
+# %% ../nbs/02_models.ipynb #8033d1ad
 def norm_name(name):
     "The name of a norm, None meaning 'none'"
     name = 'none' if name is None else name
     if name not in NORMS: raise ValueError(f'normalization: got {name!r}{did_you_mean(name, NORMS)}')
     return name
 
-# %% ../nbs/02_models.ipynb #2da00385
+# %% ../nbs/02_models.ipynb #6e773f6a
 def as_ints(name, value, n=None):
     "`value` as a tuple of positive integers; one integer stands for `n` of them"
-    if isinstance(value, int) and not isinstance(value, bool): value = (value,) * (n or 1)
-    try: out = tuple(value)
-    except TypeError: out = None
-    if out is None or isinstance(value, str) or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in out):
-        raise ValueError(f'{name}: got {value!r}, takes a positive integer or several')
+    try: out = tuple(map(operator.index, value)) if hasattr(value, '__iter__') else (operator.index(value),) * (n or 1)
+    except TypeError: out = (0,)
+    if isinstance(value, bool) or any(v < 1 for v in out): raise ValueError(f'{name}: got {value!r}, takes a positive integer or several')
     if n is not None and len(out) != n: raise ValueError(f'{name}: got {len(out)} values {out}, takes one or {n}')
     return out
 
@@ -150,7 +148,7 @@ def fraction(name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f'{name}: got {value!r}, takes a number in [0, 1)')
 
-# %% ../nbs/02_models.ipynb #33d9c00a
+# %% ../nbs/02_models.ipynb #2271a5ff
 class Parts:
     "Makes the layers of one model: its activation, norm, dropout, its rule for biases and for weights"
     def __init__(self, activation, normalization, norm_after_activation, norm_affine, norm_groups, dropout, bias):
@@ -188,7 +186,7 @@ class Parts:
         pool, drop = dict(pool=pool) if pool else {}, {} if ends else dict(drop=nn.Dropout(self.p))
         return nn.Sequential(OrderedDict({'conv' if layout == 'map' else 'linear': main} | order | pool | drop))
 
-# %% ../nbs/02_models.ipynb #75b3458f
+# %% ../nbs/02_models.ipynb #26c81099
 MODELS = {}
 
 def register_model(
@@ -203,7 +201,7 @@ def register_model(
         return fn
     return add
 
-# %% ../nbs/02_models.ipynb #d075881e
+# %% ../nbs/02_models.ipynb #d54c9676
 class Model(nn.Module):
     "A network that can say what it was asked to be (`spec`) and what it is (`repr`)"
     def __init__(self,
@@ -230,7 +228,7 @@ class Model(nn.Module):
         head = f"{type(self).__name__}({self.spec['in_shape']} -> {out}), {num_parameters(self):,} parameters"
         return '\n  '.join(s for s in (head, shown(now), shown(rest)) if s)
 
-# %% ../nbs/02_models.ipynb #994f272b
+# %% ../nbs/02_models.ipynb #9e989a55
 def num_parameters(
     model:nn.Module,
     trainable:bool=False # count only those that require a gradient
@@ -238,7 +236,7 @@ def num_parameters(
     "How many numbers a model learns; a shared parameter counts once"
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
-# %% ../nbs/02_models.ipynb #628a8f8b
+# %% ../nbs/02_models.ipynb #66bb4c08
 @register_model('mlp')
 class MLP(Model):
     "Multilayer perceptron on vectors, or on images laid out as vectors"
@@ -266,7 +264,7 @@ class MLP(Model):
     def sizes(self): return dict(hidden_sizes=tuple(m.weight.shape[0] for m in self.layers.modules() if isinstance(m, nn.Linear)))
     def forward(self, x): return self.head(self.layers(x.flatten(1)))
 
-# %% ../nbs/02_models.ipynb #17b4c9f5
+# %% ../nbs/02_models.ipynb #f910aa88
 def conv_size(size, kernel, stride):
     "Height and width after a convolution padded by kernel // 2"
     return tuple((s + 2 * (kernel // 2) - kernel) // stride + 1 for s in size)
@@ -277,7 +275,7 @@ def pool_window(size, window, least):
     after = math.prod(s // w for s, w in zip(size, window, strict=True))
     return window if after >= least and max(window) > 1 else None
 
-# %% ../nbs/02_models.ipynb #33d9d1eb
+# %% ../nbs/02_models.ipynb #e824aeaa
 POOLS = dict(none=None, max=nn.MaxPool2d, avg=nn.AvgPool2d)
 HEAD_POOLS = dict(none=nn.Identity, avg=lambda: nn.AdaptiveAvgPool2d(1), max=lambda: nn.AdaptiveMaxPool2d(1))
 
@@ -288,7 +286,7 @@ def check_pooled(p, units, head_pool, norm_is_last):
         raise ValueError(f"head_pool: 'avg' of what {p.norm_name!r} norm just centred is always 0; takes another head_pool, "
                          'or in a CNN or ResNet norm_after_activation=False')
 
-# %% ../nbs/02_models.ipynb #fd6f06e7
+# %% ../nbs/02_models.ipynb #14f7bdd7
 @register_model('cnn')
 class CNN(Model):
     "Convolutional layers with pooling, then fully connected ones"
@@ -338,7 +336,7 @@ class CNN(Model):
                     hidden_sizes=tuple(m.weight.shape[0] for m in self.fc.modules() if isinstance(m, nn.Linear)))
     def forward(self, x): return self.head(self.fc(self.pool(self.layers(x)).flatten(1)))
 
-# %% ../nbs/02_models.ipynb #c29f3651
+# %% ../nbs/02_models.ipynb #2cc30b13
 def branch_scale(
     act, # name, or any function of a tensor
     branches:int # residual branches of the network
@@ -350,7 +348,7 @@ def branch_scale(
     with torch.no_grad(): once, twice = var(f(z)), var(f(f(z)))
     return min(1., max(1 / branches, (once * (once / twice - 1)).item()))**.5
 
-# %% ../nbs/02_models.ipynb #4a894d24
+# %% ../nbs/02_models.ipynb #2b71de1b
 class Residual(nn.Module):
     "`out(branch(x) + skip(x))`"
     def __init__(self, branch, skip, out):
@@ -359,7 +357,7 @@ class Residual(nn.Module):
 
     def forward(self, x): return self.out(self.branch(x) + self.skip(x))
 
-# %% ../nbs/02_models.ipynb #94dca7ba
+# %% ../nbs/02_models.ipynb #3deae167
 def zero_last(layer):
     "Start a branch at 0: the weight of the norm that ends it, else its last weights"
     last = layer.norm if hasattr(layer, 'norm') else layer[0]
@@ -379,7 +377,7 @@ def residual_block(p, n_in, n, block, stride, positions, branches, zero_init):
     out = dict(act=p.act()) | (dict(norm=p.norm(n_out, 'map', positions)) if p.normed and p.after else {})
     return Residual(nn.Sequential(*branch), skip, nn.Sequential(OrderedDict(out)))
 
-# %% ../nbs/02_models.ipynb #c1c9adb4
+# %% ../nbs/02_models.ipynb #67ca658d
 RESNETS = {10: ('basic', (1, 1, 1, 1)), 18: ('basic', (2, 2, 2, 2)), 34: ('basic', (3, 4, 6, 3)), 50: ('bottleneck', (3, 4, 6, 3)),
            101: ('bottleneck', (3, 4, 23, 3)), 152: ('bottleneck', (3, 8, 36, 3))}
 
@@ -409,8 +407,8 @@ class ResNet(Model):
         one_of('depth', depth, RESNETS); one_of('stem', stem, ('auto', 'cifar', 'imagenet')); one_of('head_pool', head_pool, ('avg', 'max'))
         block, blocks = block or RESNETS[depth][0], as_ints('blocks', blocks or RESNETS[depth][1])
         one_of('block', block, ('basic', 'bottleneck'))
-        n_stages, first = len(blocks), channels if isinstance(channels, int) else None
-        channels = as_ints('channels', [channels * 2**i for i in range(n_stages)] if first else channels, n_stages)
+        n_stages, first = len(blocks), None if hasattr(channels, '__iter__') else as_ints('channels', channels)[0]
+        channels = as_ints('channels', [first * 2**i for i in range(n_stages)] if first else channels, n_stages)
         p = Parts(activation, normalization, norm_after_activation, norm_affine, norm_groups, dropout, bias)
         large = stem == 'imagenet' or stem == 'auto' and min(size) >= 128
         size = conv_size(size, 7, 2) if large else size
@@ -433,7 +431,7 @@ class ResNet(Model):
         return dict(channels=tuple(s[0].branch[0].conv.weight.shape[0] for s in self.stages), blocks=tuple(len(s) for s in self.stages))
     def forward(self, x): return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
 
-# %% ../nbs/02_models.ipynb #41c164f9
+# %% ../nbs/02_models.ipynb #38bc59d8
 class Attention(nn.Module):
     "Self-attention whose number of heads is read off its weights"
     def __init__(self,
@@ -468,7 +466,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-# %% ../nbs/02_models.ipynb #97cc0690
+# %% ../nbs/02_models.ipynb #f4ba6647
 class Block(nn.Module):
     "Transformer block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`"
     def __init__(self, norm1, attn, norm2, mlp, dropout=0.):
@@ -479,7 +477,7 @@ class Block(nn.Module):
         x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/02_models.ipynb #cacd9602
+# %% ../nbs/02_models.ipynb #06944a7d
 def vit_block(p, embed_dim, hidden, num_heads, head_dim, fused_qkv, attention_dropout, tokens, scale, zero_init):
     "One block of a ViT"
     attn = Attention(embed_dim, num_heads, head_dim, fused_qkv, p.has_bias(False), attention_dropout, scale)
@@ -490,7 +488,7 @@ def vit_block(p, embed_dim, hidden, num_heads, head_dim, fused_qkv, attention_dr
     norm2 = nn.Identity() if p.after else p.norm(embed_dim, 'token', tokens)
     return Block(p.norm(embed_dim, 'token', tokens), attn, norm2, nn.Sequential(OrderedDict(mlp)), p.p)
 
-# %% ../nbs/02_models.ipynb #0496fbb4
+# %% ../nbs/02_models.ipynb #e411a36e
 def default_patch(
     height:int, # of the image, pixels
     width:int
@@ -499,7 +497,7 @@ def default_patch(
     both = [p for p in range(2, 17) if height % p == 0 and width % p == 0 and height * width // p**2 >= 4]
     return min(both, key=lambda p: abs(math.log(height * width / p**2 / 64)), default=1)
 
-# %% ../nbs/02_models.ipynb #ab87adae
+# %% ../nbs/02_models.ipynb #d2539214
 @register_model('vit')
 class ViT(Model):
     "Vision transformer with learned positions"
@@ -560,7 +558,7 @@ class ViT(Model):
         x = x[:, 0] if self.head_pool == 'cls' else x.mean(1) if self.head_pool == 'avg' else x.amax(1)
         return self.head(x)
 
-# %% ../nbs/02_models.ipynb #80ddc772
+# %% ../nbs/02_models.ipynb #600a367a
 def make_model(
     name:str, # one of `MODELS`
     in_shape, # features, or (channels, height, width)
@@ -581,7 +579,7 @@ def make_model(
     if seed is not None: model.spec['seed'] = seed
     return model
 
-# %% ../nbs/02_models.ipynb #7c73e756
+# %% ../nbs/02_models.ipynb #f6f139f5
 def flops(
     model:nn.Module,
     in_shape=None # of one sample; the model's own if None

@@ -166,6 +166,8 @@ def test_ways_to_give_a_shape():
     assert MLP(64, 3, hidden_sizes=())(x).shape == (4, 3) and num_parameters(MLP(64, 3, hidden_sizes=())) == 195
     assert num_parameters(MLP(64, 3, hidden_sizes=5)) == num_parameters(MLP(64, 3, hidden_sizes=[5]))
     json.dumps(MLP(x.shape[1:], 3).spec)
+    import numpy as np
+    assert MLP(np.int64(64), 3, hidden_sizes=np.array([7, 5]))(x).shape == (4, 3)
 
 # ---- errors
 
@@ -217,7 +219,8 @@ def test_what_makes_no_sense_says_why(name, shape, options, says):
     assert '\n' not in str(e.value)
 
 def test_names_are_checked():
-    with pytest.raises(TypeError, match="mlp: no option 'norm_afine'; did you mean 'norm_affine'"): make_model('mlp', 64, 10, norm_afine=False)
+    with pytest.raises(TypeError, match="mlp: no option 'norm_afine'; did you mean 'norm_affine'"):
+        make_model('mlp', 64, 10, norm_afine=False)
     with pytest.raises(ValueError, match="did you mean 'resnet'"): make_model('resnt', 64, 10)
     with pytest.raises(ValueError, match='num_classes'): make_model('mlp', 64, 0)
     with pytest.raises(ValueError, match='layout'): normalization('batch', 3, 'maps')
