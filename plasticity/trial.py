@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_state', 'quiet', 'relative', 'described',
-           'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'masked', 'hidden_sizes',
+           'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'hidden_sizes',
            'differs', 'check', 'refuse']
 
-# %% ../nbs/07d_trial.ipynb #a550cece
+# %% ../nbs/07d_trial.ipynb #e79e87f0
 import contextlib, itertools, random
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ from .results import Table, generator, method
 from .surgery import Surgeon
 from .units import HardCodedShape, Indivisible, NotPreserved
 
-# %% ../nbs/07d_trial.ipynb #5d0ea78d
+# %% ../nbs/07d_trial.ipynb #df0d9ea4
 def as_examples(
     examples, # a tensor, a tuple or dict of inputs, or a list of such
 )->list: # of (args, kwargs)
@@ -54,7 +54,7 @@ def _changed(value, fn):
         return type(value)(*inner) if hasattr(value, '_fields') else type(value)(inner)
     return value
 
-# %% ../nbs/07d_trial.ipynb #05fc8430
+# %% ../nbs/07d_trial.ipynb #52cc75c8
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
@@ -78,7 +78,7 @@ def full_precision():
     finally:
         for s, v in zip(spots, old, strict=True): s.fp32_precision = v
 
-# %% ../nbs/07d_trial.ipynb #6bcdea05
+# %% ../nbs/07d_trial.ipynb #0a079b14
 @contextlib.contextmanager
 def same_state(model):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
@@ -96,7 +96,7 @@ def same_state(model):
             for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
             m.__dict__.update(d)
 
-# %% ../nbs/07d_trial.ipynb #a5955c3b
+# %% ../nbs/07d_trial.ipynb #9c03ef48
 @contextlib.contextmanager
 def quiet(
     model, # any module
@@ -114,7 +114,7 @@ def quiet(
         for m in model.modules(): m.training = branches and any(True for _ in m.children())
         yield model
 
-# %% ../nbs/07d_trial.ipynb #d9858d0e
+# %% ../nbs/07d_trial.ipynb #7e575fae
 def relative(
     new:list, # output tensors
     old:list, # the same before
@@ -142,7 +142,7 @@ def described(new, old):
     if shapes: return f'an output of shape {shapes[0][0]} instead of {shapes[0][1]}'
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
-# %% ../nbs/07d_trial.ipynb #3c9ca774
+# %% ../nbs/07d_trial.ipynb #ee155336
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
@@ -165,15 +165,15 @@ def stand_ins(
 
 @contextlib.contextmanager
 def standing_in(values):
-    "Other contents for tensors"
-    old = [(t, t.data) for t in values]
+    "Other contents for tensors; their gradients are put aside"
+    old = [(t, t.data, t.grad) for t in values]
     try:
-        for t, v in values.items(): t.data = v
+        for t, v in values.items(): t.grad, t.data = None, v
         yield
     finally:
-        for t, v in old: t.data = v
+        for t, v, g in old: t.data = v; t.grad = g
 
-# %% ../nbs/07d_trial.ipynb #8c15f4e5
+# %% ../nbs/07d_trial.ipynb #67feddfb
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -208,7 +208,7 @@ class Trial:
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
-# %% ../nbs/07d_trial.ipynb #658050ff
+# %% ../nbs/07d_trial.ipynb #fbfb0d99
 _FLOOR = {torch.float64: 1000 * 2.3e-16, torch.float32: 1000 * 1.2e-7}
 
 @method(Trial)
@@ -245,7 +245,7 @@ def settle(self):
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
 
-# %% ../nbs/07d_trial.ipynb #5506fc5a
+# %% ../nbs/07d_trial.ipynb #dd830499
 @method(Trial)
 def steady(self):
     "Whether the branches of training can be run and give the same twice"
@@ -258,18 +258,17 @@ def substitute(self):
     return standing_in(stand_ins(self.model, self.dtype)) if self.blind else contextlib.nullcontext()
 
 @method(Trial)
-def masked(self,
-    mask=(), # (tensor name, dim, positions)
+def promised(self,
+    ops=(), # operations, or a function of a Surgeon that gives them
 )->list: # output tensors
-    "The outputs with some positions of some tensors at zero: what pruning promises"
-    if not mask: return self.outputs()
+    "The outputs of the model with some operations done to it: the columns that read a pruned unit at zero, say"
     s = Surgeon(self.model)
     try:
-        for name, dim, at in mask: s.run(dict(op='write', tensor=name, dim=dim, at=at, value=0., new=True))
+        for op in ops(s) if callable(ops) else ops: s.run(op)
         return self.outputs()
     finally: s.rollback()
 
-# %% ../nbs/07d_trial.ipynb #61a0fdc8
+# %% ../nbs/07d_trial.ipynb #f3a35ec5
 def _values(m):
     "(attribute, value) of a module, where it is an int or a tuple of ints"
     user = not type(m).__module__.startswith('torch.nn')
@@ -302,7 +301,7 @@ def _tries(found, most=48):
     sets += [a + b for a, b in itertools.combinations(same, 2)] if len(names) > 2 else []
     return sets[:most]
 
-# %% ../nbs/07d_trial.ipynb #1961d177
+# %% ../nbs/07d_trial.ipynb #30d313f3
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"
