@@ -6,12 +6,12 @@
 __all__ = ['makes', 'flat', 'same', 'fresh', 'view', 'turn', 'transpose', 'permute', 'unsqueeze', 'squeeze', 'expand', 'repeat',
            'interleave', 'sliced', 'slice_', 'narrow', 'split', 'select', 'roll', 'flip', 'pad', 'unfold', 'diagonal',
            'strided', 'cat', 'union', 'joined', 'stack', 'matmul', 'linear', 'convolution', 'names', 'grouped',
-           'by_group', 'batch_norm', 'layer_norm', 'group_norm', 'softmax', 'topk', 'reduce', 'reduced', 'spatial',
-           'pixel_shuffle', 'channel_shuffle', 'im2col', 'glu', 'prelu', 'embedding', 'embedding_bag', 'indexed',
-           'after_index', 'first', 'index_put', 'spread', 'along', 'counted', 'attention', 'heads', 'gates',
+           'by_group', 'trilinear', 'batch_norm', 'layer_norm', 'group_norm', 'softmax', 'topk', 'reduce', 'reduced',
+           'spatial', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'glu', 'prelu', 'embedding', 'embedding_bag',
+           'indexed', 'after_index', 'first', 'index_put', 'spread', 'along', 'counted', 'attention', 'heads', 'gates',
            'lstm_cell', 'gru_cell', 'packed', 'weight_norm', 'extra', 'fft']
 
-# %% ../nbs/07a_oprules.ipynb #0cdabf0b
+# %% ../nbs/07a_oprules.ipynb #975d601b
 import math
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from .units import Dim, elementwise, moves, rule
 
-# %% ../nbs/07a_oprules.ipynb #5feecf18
+# %% ../nbs/07a_oprules.ipynb #b855032b
 def makes(fn):
     "Mark a rule whose result depends on no input: a factory"
     fn.makes = True
@@ -27,7 +27,7 @@ def makes(fn):
 
 def flat(dim, n): return dim % max(n, 1)
 
-# %% ../nbs/07a_oprules.ipynb #a0ff288f
+# %% ../nbs/07a_oprules.ipynb #c212e7c9
 @rule('clone', 'detach', 'alias', 'contiguous', '_to_copy', 'lift_fresh', 'lift_fresh_copy', 'resolve_conj', 'resolve_neg', 'to_mkldnn',
       '_to_dense', 'pin_memory', 'lift', 'view_copy_', 'fill', 'zero', 'bernoulli', 'uniform', 'normal', 'random', 'exponential', 'dropout', 'native_dropout',
       'feature_dropout', 'alpha_dropout', 'rrelu_with_noise', 'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', '_conj')
@@ -36,7 +36,7 @@ def same(tr, c):
     "Labels as they are"
     for o in c.outs: tr.put(o, tr.dims(c.ins[0]) if o.dim() == len(c.shapes[0]) else [None]*o.dim())
 
-# %% ../nbs/07a_oprules.ipynb #34c8c8fc
+# %% ../nbs/07a_oprules.ipynb #3a76f74d
 @rule('zeros', 'ones', 'full', 'empty', 'arange', 'rand', 'randn', 'randint', 'randperm', 'new_zeros', 'new_ones', 'new_empty', 'new_full', 'scalar_tensor', 'eye',
       'linspace', 'logspace', 'empty_strided', 'new_empty_strided', 'empty_permuted', 'tril_indices', 'triu_indices')
 @moves
@@ -45,7 +45,7 @@ def fresh(tr, c):
     "A tensor from nowhere: new labels, that take on the meaning of what they meet"
     for o in c.outs: tr.put(o, [tr.fresh(n) for n in o.shape])
 
-# %% ../nbs/07a_oprules.ipynb #8753a11b
+# %% ../nbs/07a_oprules.ipynb #cb09d924
 @rule('view', '_unsafe_view', '_reshape_alias', 'reshape', 'view_copy', 'flatten', 'unflatten')
 @moves
 def view(tr, c):
@@ -70,7 +70,7 @@ def permute(tr, c):
     l = tr.dims(c.ins[0])
     tr.put(c.out, [l[flat(d, len(l))] for d in c.args[1]])
 
-# %% ../nbs/07a_oprules.ipynb #4e32d9d9
+# %% ../nbs/07a_oprules.ipynb #2c9bc848
 @rule('unsqueeze', 'unsqueeze_copy')
 @moves
 def unsqueeze(tr, c):
@@ -120,7 +120,7 @@ def interleave(tr, c):
     if l[d] is not None: l[d] = Dim(np.repeat(l[d].ids, k), l[d].src)
     tr.put(c.out, l)
 
-# %% ../nbs/07a_oprules.ipynb #0eda40a5
+# %% ../nbs/07a_oprules.ipynb #f4d683b0
 def sliced(tr, x, outs, dim, spans):
     "Each output holds a span of one dimension"
     for o, s in zip(outs, spans, strict=True):
@@ -156,7 +156,7 @@ def select(tr, c):
     tr.freeze(l.pop(flat(c['dim'], len(l))), 'is selected by a number')
     for o in c.outs: tr.put(o, l)
 
-# %% ../nbs/07a_oprules.ipynb #ecbe4e82
+# %% ../nbs/07a_oprules.ipynb #b44e0a1e
 @rule('roll')
 @moves
 def roll(tr, c):
@@ -190,7 +190,7 @@ def pad(tr, c):
         l[d] = Dim(np.concatenate([tr.fresh(max(lo, 0)).ids, mid, tr.fresh(max(hi, 0)).ids]), l[d].src)
     tr.put(c.out, l)
 
-# %% ../nbs/07a_oprules.ipynb #3f930fcf
+# %% ../nbs/07a_oprules.ipynb #6796baec
 @rule('unfold')
 @moves
 def unfold(tr, c):
@@ -217,7 +217,7 @@ def strided(tr, c):
     if c.out.shape == c.ins[0].shape: return same(tr, c)
     tr.give_up(c)
 
-# %% ../nbs/07a_oprules.ipynb #2aa36fa3
+# %% ../nbs/07a_oprules.ipynb #e11d094e
 @rule('cat', 'concat', '_cat')
 @moves
 def cat(tr, c):
@@ -254,7 +254,7 @@ def stack(tr, c):
     res.insert(flat(c.get('dim', 0), c.out.dim()), None)
     tr.put(c.out, res)
 
-# %% ../nbs/07a_oprules.ipynb #3a5bed73
+# %% ../nbs/07a_oprules.ipynb #f04cf923
 @rule('mm', 'bmm', 'addmm', 'baddbmm', 'mv', 'addmv', 'dot', 'vdot', 'matmul', '_addmm_activation')
 def matmul(tr, c):
     "a @ b: the last dimension of a with the last but one of b"
@@ -282,7 +282,7 @@ def linear(tr, c):
     tr.put(c.out, lx[:-1] + lw[:-1])
     if len(c.ins) > 2: tr.broadcast([c.out, c.ins[2]], c.out, 'sum')
 
-# %% ../nbs/07a_oprules.ipynb #32c73684
+# %% ../nbs/07a_oprules.ipynb #be2f9ff4
 @rule('convolution', '_convolution', 'convolution_overrideable', 'cudnn_convolution', 'mkldnn_convolution', 'miopen_convolution', 'thnn_conv2d', '_slow_conv2d_forward')
 def convolution(tr, c):
     "Channels are contracted like a matrix product; the kernel's positions cannot move"
@@ -300,7 +300,7 @@ def convolution(tr, c):
 
 def names(c): return {a.name for a in c.func._schema.arguments}
 
-# %% ../nbs/07a_oprules.ipynb #90080f28
+# %% ../nbs/07a_oprules.ipynb #33c5c2c8
 def grouped(tr, lx, x, lw, w, g, turned):
     "The output channels of a convolution in groups: channel j of a group reads the channels of its own group only"
     k, m = x.shape[1] // g, (w.shape[1] if turned else w.shape[0] // g) # channels in and out of one group
@@ -312,8 +312,7 @@ def grouped(tr, lx, x, lw, w, g, turned):
     if k == 1 or not inner:
         ids = lx.ids if k == 1 else by_group(tr, lx.ids, g)
         tr.flag(Dim(ids), 'depthwise' if k == 1 else 'grouped')
-        shared = lw[1] if turned or k > 1 else None
-        if shared is not None: tr.freeze(shared, 'is the same for every group')
+        tr.freeze(lw[1], 'is the same for every group')
         tr.classes.unite(np.repeat(ids, m if not turned else k), (lw[0]).ids)
         if turned: return Dim(np.repeat(ids, m))
         return lw[0]
@@ -329,7 +328,27 @@ def by_group(tr, ids, g):
     "One label a group, all of its channels united"
     return tr.collapse(ids.reshape(g, -1), [0, 1], kind='groups')[1]
 
-# %% ../nbs/07a_oprules.ipynb #ea38db64
+# %% ../nbs/07a_oprules.ipynb #eded73a8
+@rule('_trilinear')
+def trilinear(tr, c):
+    "sum of i1 i2 i3 over some dimensions, as nn.Bilinear does it"
+    n, rows = max(t.dim() + len(c[f'expand{i + 1}']) for i, t in enumerate(c.ins)), []
+    for i, t in enumerate(c.ins):
+        l = iter(tr.dims(t))
+        rows.append([None if d in c[f'expand{i + 1}'] else (next(l), t) for d in range(n)])
+    res = []
+    for d, met in enumerate(zip(*rows, strict=True)):
+        met = [m for m in met if m]
+        if d in c['sumdim']:
+            for (a, ta), (b, tb) in zip(met, met[1:], strict=False): tr.contract(a, ta, b, tb)
+            continue
+        cur = met[0][0]
+        for x, _ in met[1:]: cur = tr.unite(cur, x)
+        for x, t in met: tr.make(x, t)
+        res.append(cur)
+    tr.put(c.out, res)
+
+# %% ../nbs/07a_oprules.ipynb #e02a02f0
 @rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm', '_batch_norm_impl_index',
       '_batch_norm_with_update', '_batch_norm_no_update', '_batch_norm_with_update_functional', 'batch_norm_with_update', 'native_batch_norm_legit_functional')
 def batch_norm(tr, c):
@@ -362,7 +381,7 @@ def group_norm(tr, c):
     if l[1] is not None and g > 1: tr.flag(l[1], 'grouped')
     tr.put(c.out, l)
 
-# %% ../nbs/07a_oprules.ipynb #5224a520
+# %% ../nbs/07a_oprules.ipynb #331cba12
 @rule('_softmax', '_log_softmax', 'softmax', 'log_softmax', '_safe_softmax', 'cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp', 'sort', 'argsort', '_sparse_softmax')
 def softmax(tr, c):
     l = tr.dims(c.ins[0])
@@ -378,7 +397,7 @@ def topk(tr, c):
     if l: tr.freeze(l[d], f'is ordered by {c.name}'); l[d] = None
     for o in c.outs: tr.put(o, l if o.dim() == len(l) else [x for i, x in enumerate(l) if i != d] if o.dim() == len(l) - 1 else [None]*o.dim())
 
-# %% ../nbs/07a_oprules.ipynb #6cab1794
+# %% ../nbs/07a_oprules.ipynb #5aba89bc
 @rule('sum', 'mean', 'amax', 'amin', 'var', 'std', 'var_mean', 'std_mean', 'max', 'min', 'argmax', 'argmin', 'linalg_vector_norm', 'norm', 'logsumexp', 'prod', 'any', 'all',
       'nansum', 'aminmax', 'count_nonzero', 'nanmean', 'special_logsumexp', '_foreach_norm')
 def reduce(tr, c):
@@ -396,7 +415,7 @@ def reduced(l, gone, keep, o):
     res = [None if i in gone else x for i, x in enumerate(l) if keep or i not in gone]
     return res if len(res) == o.dim() else [None]*o.dim()
 
-# %% ../nbs/07a_oprules.ipynb #adf87df1
+# %% ../nbs/07a_oprules.ipynb #abec020c
 def spatial(n): # the last n dimensions are places, not units
     def places(tr, c):
         l = tr.dims(c.ins[0])
@@ -412,7 +431,7 @@ rule('upsample_linear1d')(spatial(1))
 rule('upsample_bilinear2d', 'upsample_bicubic2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa', 'grid_sampler_2d', 'grid_sampler', 'cudnn_grid_sampler', '_upsample_lanczos2d_aa')(spatial(2))
 rule('upsample_trilinear3d', 'grid_sampler_3d')(spatial(3))
 
-# %% ../nbs/07a_oprules.ipynb #57702ebd
+# %% ../nbs/07a_oprules.ipynb #72728689
 @rule('pixel_shuffle', 'pixel_unshuffle')
 @moves
 def pixel_shuffle(tr, c):
@@ -461,7 +480,7 @@ def prelu(tr, c):
     l[1] = tr.unite(l[1], tr.dims(w)[0])
     tr.emit([w], c.out), tr.put(c.out, l)
 
-# %% ../nbs/07a_oprules.ipynb #118a92c0
+# %% ../nbs/07a_oprules.ipynb #d95a9784
 @rule('embedding')
 def embedding(tr, c):
     w, idx = c.ins[:2]
@@ -479,7 +498,7 @@ def embedding_bag(tr, c):
     tr.put(c.outs[0], [None, lw[1]])
     for o in c.outs[1:]: tr.put(o, [None]*o.dim())
 
-# %% ../nbs/07a_oprules.ipynb #f55ad730
+# %% ../nbs/07a_oprules.ipynb #7d624d6d
 @rule('index', '_unsafe_index')
 def indexed(tr, c):
     "What is indexed cannot move; the other dimensions go on"
@@ -504,7 +523,7 @@ def after_index(tr, l, idx, n):
 
 def first(idx): return next((i for i, ix in enumerate(idx) if ix is not None), 0)
 
-# %% ../nbs/07a_oprules.ipynb #cda4bb7e
+# %% ../nbs/07a_oprules.ipynb #c987c33d
 @rule('index_put', '_index_put_impl', '_unsafe_index_put')
 def index_put(tr, c):
     x, idx, values = c['self'], c['indices'], c['values']
@@ -537,7 +556,7 @@ def along(tr, c):
 @rule('masked_select', 'nonzero', 'masked_scatter', 'take', 'put', 'bincount', 'histc', 'unique_dim', '_unique2', 'searchsorted', 'bucketize', 'multinomial')
 def counted(tr, c): tr.give_up(c)
 
-# %% ../nbs/07a_oprules.ipynb #eb0e9f73
+# %% ../nbs/07a_oprules.ipynb #b5dbea7c
 @rule('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention', '_scaled_dot_product_efficient_attention', '_scaled_dot_product_cudnn_attention',
       '_scaled_dot_product_fused_attention_overrideable', '_scaled_dot_product_attention_math_for_mps', 'scaled_dot_product_attention', '_scaled_dot_product_attention_math',
       '_scaled_dot_product_flash_attention_for_xpu')
@@ -565,7 +584,7 @@ def heads(tr, a, b, v, na, nb):
     tr.say(tr.kinds, 'heads', a)
     return a
 
-# %% ../nbs/07a_oprules.ipynb #c33e9aa4
+# %% ../nbs/07a_oprules.ipynb #5480684e
 def gates(tr, c, n, state): # n gates, the state they update
     "A fused recurrent cell: the k-th unit of all gates and of the state move together"
     h = tr.dims(state)[1]
@@ -591,7 +610,7 @@ def packed(tr, c):
     tr.put(c.outs[0], [None]*lead + rest)
     for o in c.outs[1:]: tr.put(o, [None]*o.dim())
 
-# %% ../nbs/07a_oprules.ipynb #fbdaec48
+# %% ../nbs/07a_oprules.ipynb #260a3b01
 @rule('_weight_norm_interface', '_weight_norm', '_weight_norm_cuda_interface')
 def weight_norm(tr, c):
     "v g / |v|: scaled by g along its own dimension, by nothing along the others"
@@ -599,7 +618,7 @@ def weight_norm(tr, c):
     res = []
     for i, (a, b) in enumerate(zip(tr.dims(v), tr.dims(g), strict=True)):
         if g.shape[i] == v.shape[i] and a is not None: a = tr.unite(a, b); res.append(a and Dim(a.ids, b.src))
-        else: tr.flag(a, 'weight_norm'); res.append(a and Dim(a.ids, None))
+        else: tr.flag(a, 'weight_norm'), tr.freeze(b, 'is broadcast'); res.append(a and Dim(a.ids, None))
     tr.put(c.outs[0], res)
     for o in c.outs[1:]: tr.put(o, [None]*o.dim())
 

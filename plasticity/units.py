@@ -8,14 +8,14 @@ __all__ = ['POLICIES', 'RULES', 'SCALING', 'FUSED_RNN', 'VERBS', 'EVEN', 'HARMLE
            'LiveGraph', 'WrappedModel', 'LastUnits', 'Indivisible', 'Classes', 'Dim', 'Mark', 'Ledger', 'say', 'freeze',
            'flag', 'unite', 'broadcast', 'scaled', 'emit', 'make', 'contract', 'consume', 'collapse', 'nests', 'vary',
            'blocks', 'reshape', 'reblock', 'merge', 'ones', 'Call', 'names', 'rule', 'moves', 'pointwise',
-           'elementwise', 'Trace', 'apply', 'NoRule', 'use', 'mixed', 'give_up', 'check', 'decompose', 'save',
-           'untouched', 'plain_run', 'tensors_in', 'as_calls', 'paths', 'follow', 'run_once', 'Cut', 'fingerprints',
-           'groups', 'roles', 'settle', 'Group', 'spans', 'build', 'axis_of', 'owner', 'shared', 'call_them',
-           'refusals', 'NoSuchGroup', 'Units', 'frozen_table', 'discover', 'aliases', 'finish', 'units', 'unwrapped',
-           'state_key']
+           'elementwise', 'Trace', 'apply', 'NoRule', 'node', 'reach', 'use', 'mixed', 'give_up', 'check', 'decompose',
+           'save', 'untouched', 'plain_run', 'tensors_in', 'as_calls', 'paths', 'follow', 'run_once', 'Cut',
+           'fingerprints', 'groups', 'roles', 'settle', 'Group', 'spans', 'build', 'axis_of', 'owner', 'shared',
+           'call_them', 'refusals', 'NoSuchGroup', 'Units', 'frozen_table', 'discover', 'aliases', 'finish', 'units',
+           'unwrapped', 'state_key']
 
-# %% ../nbs/07_units.ipynb #daeca713
-import random, sys, weakref
+# %% ../nbs/07_units.ipynb #3acf9101
+import itertools, random, sys, weakref
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 
@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .results import Table, did_you_mean, method
 
-# %% ../nbs/07_units.ipynb #d3adef01
+# %% ../nbs/07_units.ipynb #2fb5533c
 class EditError(RuntimeError): "An edit that was refused, or could not be kept; the model is as it was"
 class FrozenUnits(EditError): "These units are fixed by the output, the input, an index, or an op without a rule"
 class MixedUnits(EditError): "A norm, a softmax or a reduction runs over these units"
@@ -42,7 +42,7 @@ class WrappedModel(EditError): "The model is inside a wrapper that holds its own
 class LastUnits(EditError): "The edit would leave no unit"
 class Indivisible(EditError): "The units cannot be divided as asked"
 
-# %% ../nbs/07_units.ipynb #3bfcd0da
+# %% ../nbs/07_units.ipynb #875ab6f2
 class Classes:
     "Union-find over integers, many unions a call and no loop over elements"
     def __init__(self): self.n, self.parent = 0, np.zeros(4096, np.int64)
@@ -71,7 +71,7 @@ class Classes:
             a, b = np.maximum(ra[m], rb[m]), np.minimum(ra[m], rb[m])
             self.parent[a] = b # of several unions of one root the last one is kept, the next round does the others
 
-# %% ../nbs/07_units.ipynb #7a94c9b4
+# %% ../nbs/07_units.ipynb #60f40cde
 class Dim:
     "The labels of one dimension: an integer a position, and the (tensor, dim) whose scaling scales this one"
     __slots__ = ('ids', 'src')
@@ -80,16 +80,17 @@ class Dim:
     def __getitem__(self, i): return Dim(np.ascontiguousarray(self.ids[i]), self.src)
     def __repr__(self): return f'Dim({self.ids[:8].tolist()}{"..." if len(self) > 8 else ""})'
 
-# %% ../nbs/07_units.ipynb #e637f4f6
+# %% ../nbs/07_units.ipynb #fd5a2d39
 class Mark:
     "Something an op said about labels: what, in which op, of which module"
-    __slots__ = ('kind', 'ids', 'op', 'module', 'src')
-    def __init__(self, kind, ids, op, module, src=None): self.kind, self.ids, self.op, self.module, self.src = kind, ids, op, module, src
+    __slots__ = ('kind', 'ids', 'op', 'module', 'src', 'clock')
+    def __init__(self, kind, ids, op, module, src=None, clock=0):
+        self.kind, self.ids, self.op, self.module, self.src, self.clock = kind, ids, op, module, src, clock
     @property
     def place(self): return f"{self.op} in {self.module or 'the model'}"
     def __repr__(self): return f'{self.kind} at {self.place}'
 
-# %% ../nbs/07_units.ipynb #ccaff271
+# %% ../nbs/07_units.ipynb #e971675e
 class Ledger:
     "The labels beside each tensor, and what was said about them"
     def __init__(self,
@@ -121,7 +122,7 @@ class Ledger:
 
 POLICIES = ('inner', 'outer', 'first')
 
-# %% ../nbs/07_units.ipynb #2852b79b
+# %% ../nbs/07_units.ipynb #97d831cd
 @method(Ledger)
 def say(self,
     book:list, # frozen, flags, reads, writes, products, splits or kinds of this ledger
@@ -130,7 +131,7 @@ def say(self,
     src=None # the (tensor, dim) pairs concerned
 ):
     "Write down that `kind` holds for the labels of `dim`"
-    if dim is not None: book.append(Mark(kind, dim.ids, self.op, self.module, src))
+    if dim is not None: book.append(Mark(kind, dim.ids, self.op, self.module, src, self.clock))
 
 @method(Ledger)
 def freeze(self, dim, why:str):
@@ -142,7 +143,7 @@ def flag(self, dim, kind:str):
     "These units are mixed by `kind`"
     self.say(self.flags, kind, dim)
 
-# %% ../nbs/07_units.ipynb #3c2eb394
+# %% ../nbs/07_units.ipynb #51e3da82
 @method(Ledger)
 def unite(self,
     a, # Dim or None
@@ -158,7 +159,7 @@ def unite(self,
     if a.ids is not b.ids: self.classes.unite(a.ids, b.ids)
     return a
 
-# %% ../nbs/07_units.ipynb #91a0f4ba
+# %% ../nbs/07_units.ipynb #2d69b4ca
 @method(Ledger)
 def broadcast(self,
     ts, # tensors that meet elementwise
@@ -173,8 +174,9 @@ def broadcast(self,
             k = d - out.dim() + t.dim()
             if k < 0: continue
             l = self.dims(t)[k]
-            if t.shape[k] == n and (n > 1 or l is not None): met.append((t, l))
-            elif t.shape[k] != n: self.freeze(l, 'is broadcast')
+            if l is None and (n == 1 or t.stride(k) == 0): continue # one value for all positions
+            if t.shape[k] == n: met.append((t, l))
+            else: self.freeze(l, 'is broadcast')
         cur = met[0][1] if met else None
         for _, l in met[1:]: cur = self.unite(cur, l)
         res.append(cur and Dim(cur.ids, self.scaled(met, len([t for t in ts if t.numel() > 1 or t.dim()]), scale)))
@@ -189,7 +191,7 @@ def scaled(self, met, operands, scale):
     if scale == 'product': return min((s for s in srcs if s), key=lambda s: sum(n in self.buffers for n, _ in s), default=None)
     if scale == 'sum' and len(srcs) == operands and all(srcs): return frozenset().union(*srcs)
 
-# %% ../nbs/07_units.ipynb #36e822a9
+# %% ../nbs/07_units.ipynb #29a75ebe
 @method(Ledger)
 def emit(self, ts, out):
     "Weights that went into data make these units"
@@ -225,7 +227,7 @@ def consume(self, dim):
     if not dim.src: self.flag(dim, 'computed weight')
     self.say(self.reads, 'reads', dim, dim.src or frozenset())
 
-# %% ../nbs/07_units.ipynb #88c8bcda
+# %% ../nbs/07_units.ipynb #f6bd0785
 @method(Ledger)
 def collapse(self,
     arr, # labels in several dimensions
@@ -246,11 +248,11 @@ def collapse(self,
 @method(Ledger)
 def nests(self, ids):
     "Note the split whose result is now split again"
+    now = np.unique(self.classes.find(ids))
     for m in self.splits:
-        if len(m.ids) == len(ids) and m.src and len(m.ids) < np.prod(m.src[1]) and (self.classes.find(m.ids) == self.classes.find(ids)).all():
-            self.nested.add(m.src)
+        if m.src and len(m.ids) < np.prod(m.src[1]) and np.array_equal(np.unique(self.classes.find(m.ids)), now): self.nested.add(m.src)
 
-# %% ../nbs/07_units.ipynb #c37f3ea6
+# %% ../nbs/07_units.ipynb #2ab9a3d2
 def vary(arr): # labels in several dimensions
     "The axes along which an array differs"
     return [d for d in range(arr.ndim) if arr.shape[d] > 1 and (arr != arr[(slice(None),)*d + (slice(0, 1),)]).any()]
@@ -269,7 +271,7 @@ def blocks(a, b): # two shapes with the same product
         while j < len(b) and b[j] == 1: j += 1
         yield i0, i, j0, j
 
-# %% ../nbs/07_units.ipynb #a57dacc6
+# %% ../nbs/07_units.ipynb #9730ebf3
 @method(Ledger)
 def reshape(self,
     dims, # Dim or None for each dimension
@@ -296,14 +298,14 @@ def reblock(self, labelled, a, b, block):
     new = defaultdict(list)
     for i, l in labelled.items():
         arr = np.broadcast_to(l.ids.reshape([-1 if k == i else 1 for k in range(i0, i1)]), a[i0:i1]).reshape(b[j0:j1])
-        axes = vary(arr)
+        axes = vary(arr) or [d for d, n in enumerate(arr.shape) if n > 1]
         if len(axes) > 1: axes = vary(self.classes.find(arr.ravel()).reshape(arr.shape)) or axes
         if len(axes) > 1: axis, ids = self.collapse(arr, axes)
         else: axis = axes[0]; ids = arr[tuple(slice(None) if d == axis else 0 for d in range(arr.ndim))]
         new[j0 + axis].append((i, Dim(np.ascontiguousarray(ids), l.src)))
     return new
 
-# %% ../nbs/07_units.ipynb #30aae823
+# %% ../nbs/07_units.ipynb #4788a9c0
 @method(Ledger)
 def merge(self, got): # [(dimension it came from, labels)], in order
     "One dimension made of several labelled ones: the policy says whose labels go on"
@@ -325,7 +327,7 @@ def ones(self, dims, a, b, res, lost):
         else: self.freeze(dims[i], 'is lost in a view')
     return res
 
-# %% ../nbs/07_units.ipynb #adb33de1
+# %% ../nbs/07_units.ipynb #3f44d4f9
 class Call:
     "One op as it ran: its arguments by name, the tensors that went in and came out"
     def __init__(self, func, args, kwargs):
@@ -355,7 +357,7 @@ def names(func):
     full = getattr(func, '_schema', None) and func._schema.name or f'higher_order::{func}'
     return full.split('::')
 
-# %% ../nbs/07_units.ipynb #72d9800a
+# %% ../nbs/07_units.ipynb #c17baef7
 RULES = {} # op name -> function(ledger, call)
 
 def rule(*names): # of ops of aten, without the overload and the final _ of the in-place twin
@@ -370,7 +372,7 @@ def moves(fn):
     fn.moves = True
     return fn
 
-# %% ../nbs/07_units.ipynb #2e0de07c
+# %% ../nbs/07_units.ipynb #3603525d
 def pointwise(func):
     "Does an op, or the op it is the in-place twin of, work elementwise?"
     if not isinstance(func, torch._ops.OpOverload): return False
@@ -390,17 +392,19 @@ def elementwise(tr, c):
     if name == 'mul' and len(c.ins) == 1: scale = 'same'
     for o in c.outs: tr.broadcast([t for t in c.ins if id(t) not in own or t is o], o, scale)
 
-# %% ../nbs/07_units.ipynb #fe1cb218
+# %% ../nbs/07_units.ipynb #4ffa8c2c
 class Trace(Ledger, TorchDispatchMode):
     "Runs a model and follows the labels through every op"
     supports_higher_order_operators = True
     def __init__(self, policy='inner', rules=None, nested=()):
         super().__init__(policy, nested)
         self.rules, self.unknown, self.buffers, self.written = rules or {}, {}, set(), {}
+        self.flow, self.nodes, self.alive, self.own, self.count = [], WeakTensorKeyDictionary(), set(), set(), itertools.count()
 
     def label(self, name, t, buffer=False): # a parameter or buffer of the model: each position its own label
         self.base[name] = [self.fresh(n).ids for n in t.shape]
         if buffer: self.buffers.add(name)
+        self.own.add(self.node(t))
         self.tags[t] = tuple(Dim(ids, frozenset([(name, d)])) for d, ids in enumerate(self.base[name])), False, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -413,6 +417,7 @@ class Trace(Ledger, TorchDispatchMode):
         c.outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         self.op, self.clock = repr(c).removeprefix('aten::'), self.clock + 1
         self.seen.update(id(t) for t in c.ins)
+        self.flow.append((self.clock, [self.node(t) for t in c.ins], [self.node(t) for t in c.outs]))
         if c.outs: self.apply(fn, c)
         return out
 
@@ -422,7 +427,7 @@ class Trace(Ledger, TorchDispatchMode):
             if c.space == 'aten' and key in RULES: return RULES[key]
         return elementwise if pointwise(c.func) else None
 
-# %% ../nbs/07_units.ipynb #790707fe
+# %% ../nbs/07_units.ipynb #94d34ac2
 @method(Trace)
 def apply(self, fn, c):
     "Run a rule; an op without one, or one whose rule fails, freezes what it touches"
@@ -443,6 +448,20 @@ def apply(self, fn, c):
 class NoRule(Exception): "An op that nothing is known of"
 
 @method(Trace)
+def node(self, t):
+    "A number for the memory of a tensor, shared by its views"
+    t = t if t._base is None else t._base
+    return self.nodes.setdefault(t, next(self.count))
+
+@method(Trace)
+def reach(self, outs):
+    "Note which ops the outputs depend on: what nobody looks at mixes nothing"
+    live = self.own | {self.node(t) for t in outs}
+    for clock, ins, made in reversed(self.flow):
+        if live.intersection(made): self.alive.add(clock); live.update(ins)
+    self.flow = []
+
+@method(Trace)
 def use(self, c):
     "Labels that took part in this op have one more event in common"
     if self.classes.n > len(self.history): self.history = np.concatenate([self.history, np.zeros(self.classes.n, np.uint64)])
@@ -458,7 +477,7 @@ def mixed(x): # integers
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
-# %% ../nbs/07_units.ipynb #dd0cfc61
+# %% ../nbs/07_units.ipynb #27dff33a
 @method(Trace)
 def give_up(self, c):
     "Freeze all that goes into an op and comes out of it"
@@ -494,7 +513,7 @@ def save(self, c):
             p = t._base if t._base is not None else t
             if isinstance(p, nn.Parameter) and id(p) not in self.written: self.written[id(p)] = p, p.detach().clone()
 
-# %% ../nbs/07_units.ipynb #907fa06b
+# %% ../nbs/07_units.ipynb #63a27017
 @contextmanager
 def untouched(model:nn.Module):
     "Inside, a model can be run at will; afterwards all is as it was: buffers, flags, attributes, random states"
@@ -513,7 +532,7 @@ def untouched(model:nn.Module):
             m.__dict__.clear(), m.__dict__.update(attrs)
             for have, was in zip((m._parameters, m._buffers, m._modules), dicts, strict=True): have.clear(), have.update(was)
 
-# %% ../nbs/07_units.ipynb #8e26cdc4
+# %% ../nbs/07_units.ipynb #69dd901e
 @contextmanager
 def plain_run(slow_rnn:bool):
     "Inside, ops run one by one: no compiler, no fused attention layer, no cached casts, and RNNs in pieces"
@@ -530,7 +549,7 @@ def plain_run(slow_rnn:bool):
             s.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
-# %% ../nbs/07_units.ipynb #529e2fc0
+# %% ../nbs/07_units.ipynb #ce51f25d
 def tensors_in(obj, depth=6): # anything a model takes or returns
     "All tensors in nested containers and plain objects"
     if isinstance(obj, torch.Tensor): return [obj]
@@ -549,7 +568,7 @@ def as_calls(
     if not calls: raise ValueError('examples: got an empty list, takes at least one example')
     return calls
 
-# %% ../nbs/07_units.ipynb #cc5d6ee8
+# %% ../nbs/07_units.ipynb #207b1bf9
 @contextmanager
 def paths(model, tr):
     "Inside, the trace knows in which module it is"
@@ -561,7 +580,7 @@ def paths(model, tr):
     try: yield
     finally: a.remove(), b.remove(), tr.path.clear()
 
-# %% ../nbs/07_units.ipynb #bde1efe5
+# %% ../nbs/07_units.ipynb #5cf64153
 def follow(
     model:nn.Module, calls:list, # [(args, kwargs)]
     policy:str='inner', rules=None, nested=()
@@ -595,14 +614,16 @@ def run_once(model, tr, args, kwargs, slow_rnn):
         if t not in tr.tags: tr.tags[t] = (None,)*t.dim(), True, False
     with plain_run(slow_rnn), paths(model, tr), tr: out = model(*args, **kwargs)
     tr.op, tr.path = 'output', []
+    tr.reach(tensors_in(out))
     for t in tensors_in(out):
         for l in tr.dims(t): tr.freeze(l, 'is an output')
 
-# %% ../nbs/07_units.ipynb #81da5bb5
+# %% ../nbs/07_units.ipynb #f24e1263
 class Cut:
     "The classes of one trace, cut into groups of like ones"
     def __init__(self, tr:Trace):
         tr.classes.find(np.arange(tr.classes.n))
+        tr.flags = [m for m in tr.flags if m.clock in tr.alive or not m.clock]
         self.keys = [(n, d) for n, dims in tr.base.items() for d in range(len(dims))]
         self.size = np.array([len(ids) for dims in tr.base.values() for ids in dims], np.int64)
         self.total, self.tr = int(self.size.sum()), tr
@@ -631,7 +652,7 @@ class Cut:
         if len(idle): why[idle] = len(tr.frozen); tr.frozen.append(Mark('is never used', idle, tr.op, ''))
         return why
 
-# %% ../nbs/07_units.ipynb #cdd45690
+# %% ../nbs/07_units.ipynb #8b6e2376
 @method(Cut)
 def fingerprints(self):
     "A number a class: equal for classes that took part in the same ops, with the same flags"
@@ -667,7 +688,7 @@ def groups(self,
         out.append((root[first[g]], {self.keys[cols[a]]: self.pos[rows[:, a:b]] for a, b in zip(edge, edge[1:], strict=False)}))
     return sorted(out, key=lambda o: o[0].min())
 
-# %% ../nbs/07_units.ipynb #3ed17db1
+# %% ../nbs/07_units.ipynb #ee2b069a
 @method(Cut)
 def roles(self,
     marks:list # reads or writes of the trace
@@ -693,7 +714,7 @@ def settle(self):
         if used[self.roots(m.ids)].any() or not src: self.tr.flags.append(Mark('weight product', m.ids, m.op, m.module))
         else: self.tr.reads.append(Mark('reads', m.ids, m.op, m.module, src))
 
-# %% ../nbs/07_units.ipynb #039d22d7
+# %% ../nbs/07_units.ipynb #ec4ea09c
 VERBS = ('widen', 'clone', 'prune', 'reset')
 
 class Group:
@@ -718,7 +739,7 @@ class Group:
     def signature(self): return frozenset((k, v.numpy().tobytes()) for k, v in self.maps.items())
     def __repr__(self): return f"Group({self.name}: {self.n} {self.axis}s in {len(self.tensors)} tensors; can {', '.join(self.can) or 'do nothing'})"
 
-# %% ../nbs/07_units.ipynb #c5e45961
+# %% ../nbs/07_units.ipynb #c1618554
 @method(Cut)
 def spans(self, maps): # {(tensor, dim): base labels}
     "The base labels behind index maps"
@@ -754,10 +775,11 @@ def axis_of(kinds, policy):
     if split & {'groups'} and policy != 'inner': return 'group'
     return 'unit'
 
-# %% ../nbs/07_units.ipynb #65b6c169
+# %% ../nbs/07_units.ipynb #41a7b7a8
 def owner(tensor:str): # the name of a parameter or buffer
     "The path of the module that a tensor belongs to"
-    return tensor.partition('.parametrizations.')[0] if '.parametrizations.' in tensor else tensor.rpartition('.')[0]
+    module, _, last = tensor.rpartition('.')
+    return module.rpartition('.parametrizations.')[0] or module if last.startswith('original') else module
 
 def shared(paths): # module paths
     "The module that contains them all"
@@ -783,7 +805,7 @@ def call_them(groups, taken=()): # [Group], named in place; names that are not f
     for name, gs in at.items():
         for i, g in enumerate((g for g in gs if not g.name), 1): g.name = f'{name}:{i}'
 
-# %% ../nbs/07_units.ipynb #043850f7
+# %% ../nbs/07_units.ipynb #4658de8c
 EVEN = {'layer_norm', 'rms_norm', 'group_norm', 'mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'var_mean', 'std_mean'} # the same for equal copies
 HARMLESS = {'depthwise', 'grouped'}
 
@@ -803,7 +825,7 @@ def refusals(g, unseen): # {verb: (error name, reason)}
     if g.n == 1: block(('prune',), 'LastUnits', 'it is the only unit')
     return out
 
-# %% ../nbs/07_units.ipynb #d8075bdf
+# %% ../nbs/07_units.ipynb #080d22dd
 class NoSuchGroup(EditError, KeyError):
     "A name that stands for no group, or for several"
     __str__ = RuntimeError.__str__
@@ -826,14 +848,14 @@ class Units:
 
     @property
     def table(self): # one row a group
-        def why(g): return '; '.join(f'{e}: {r.partition(": ")[2]}' for e, r in dict.fromkeys(g.blocked.values()))
+        def why(g): return '; '.join(f'{e}: {r.partition(": ")[2].partition("; ")[0]}' for e, r in dict.fromkeys(g.blocked.values()))
         return Table([dict(name=g.name, n=g.n, axis=g.axis, tensors=len(g.tensors), can=' '.join(g.can) or '-', **{'why not': why(g)}) for g in self.groups], 200)
 
     def foot(self): return ''.join(f'\n{n}' for n in (f'{len(self.groups)} groups; {len(self.frozen)} dimensions cannot move (.frozen)', *self.notes))
     def __repr__(self): return repr(self.table) + self.foot()
     def _repr_markdown_(self): return self.table._repr_markdown_() + self.foot().replace('\n', '\n\n')
 
-# %% ../nbs/07_units.ipynb #dca8c54d
+# %% ../nbs/07_units.ipynb #bbeeab01
 @method(Units)
 def __getitem__(self,
     key # a group's name, a module, a parameter, (parameter, dim), or a number
@@ -859,7 +881,7 @@ def __contains__(self, key):
     except (NoSuchGroup, IndexError): return False
     return True
 
-# %% ../nbs/07_units.ipynb #ba295a6d
+# %% ../nbs/07_units.ipynb #1ac2924a
 def frozen_table(cuts): # [Cut], of the same model
     "The positions that cannot move under any policy, and why"
     live = np.zeros(cuts[0].total, bool)
@@ -872,9 +894,9 @@ def frozen_table(cuts): # [Cut], of the same model
         if mark.kind not in QUIET: rows.append(dict(tensor=name, dim=d, positions=f'{len(ids)} of {n}', why=mark.kind, op=mark.op, module=mark.module))
     return Table(rows)
 
-QUIET = {'is a position of a kernel', 'is broadcast', 'is lost in a view'}
+QUIET = {'is a position of a kernel', 'is the same for every group', 'is broadcast', 'is lost in a view'}
 
-# %% ../nbs/07_units.ipynb #9fb0cb66
+# %% ../nbs/07_units.ipynb #9e016c8b
 def discover(model, calls, rules=None): # calls: [(args, kwargs)]
     "One trace for each policy that something in the model asks for, and the groups of all of them"
     cuts, groups, fixed, seen, notes = [], [], [], set(), []
@@ -900,7 +922,7 @@ def aliases(model):
         out[n] = first.setdefault(id(t), n)
     return out
 
-# %% ../nbs/07_units.ipynb #21044e4a
+# %% ../nbs/07_units.ipynb #acd80494
 def finish(model, groups, fixed, unseen):
     "Names and refusals"
     call_them(groups)
@@ -914,7 +936,7 @@ def finish(model, groups, fixed, unseen):
         reason = '{!r} dim {} {}, in {}'.format(*g.made, g.why.kind, g.why.place)
         g.blocked = dict.fromkeys(VERBS, (error, reason))
 
-# %% ../nbs/07_units.ipynb #bf707982
+# %% ../nbs/07_units.ipynb #db679e96
 def units(
     model:nn.Module, # any module that runs in eager mode; it is not changed
     examples, # an example (a tensor, a tuple of positional inputs, a dict of keyword inputs) or a list of such
@@ -934,7 +956,7 @@ def units(
 
 CACHE = weakref.WeakKeyDictionary() # model -> (key, the examples' tensors, its units)
 
-# %% ../nbs/07_units.ipynb #1372c6f5
+# %% ../nbs/07_units.ipynb #fcdc4693
 def unwrapped(model):
     "The module itself; a compiled one is looked into, other wrappers are refused"
     if hasattr(model, '_orig_mod'): return model._orig_mod
