@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'crop', 'flip', 'rotation', 'jitter']
 
-# %% ../nbs/00b_augment.ipynb #bf37003e
+# %% ../nbs/00b_augment.ipynb #5a7dba76
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/00b_augment.ipynb #a2f12b31
+# %% ../nbs/00b_augment.ipynb #0a1e5ed3
 def crop(
     x, # images (B, C, H, W)
     u # uniform numbers (B, 3)
@@ -21,7 +21,7 @@ def crop(
     top, left = (u[:, 0]*(2*p + 1)).long().clamp(max=2*p), (u[:, 1]*(2*q + 1)).long().clamp(max=2*q)
     return windows[torch.arange(b, device=x.device), :, top, left]
 
-# %% ../nbs/00b_augment.ipynb #137de5d0
+# %% ../nbs/00b_augment.ipynb #9dc6dc7b
 def flip(
     x, # images (B, C, H, W)
     u # uniform numbers (B, 3)
@@ -29,7 +29,7 @@ def flip(
     "Every other image, on average, mirrored left to right"
     return torch.where((u[:, 0] < .5)[:, None, None, None], x.flip(3), x)
 
-# %% ../nbs/00b_augment.ipynb #87824d8b
+# %% ../nbs/00b_augment.ipynb #5c838f49
 def rotation(
     x, # images (B, C, H, W)
     u, # uniform numbers (B, 3)
@@ -43,7 +43,7 @@ def rotation(
     grid = F.affine_grid(turn, list(x.shape), align_corners=False) # (B, H, W, 2)
     return F.grid_sample(x.float(), grid, align_corners=False)
 
-# %% ../nbs/00b_augment.ipynb #a496e006
+# %% ../nbs/00b_augment.ipynb #52e21b09
 def _grey(x):
     "The brightness of each pixel (B, 1, H, W)"
     return .299*x[:, :1] + .587*x[:, 1:2] + .114*x[:, 2:] if x.shape[1] == 3 else x.float().mean(1, keepdim=True)
@@ -60,5 +60,5 @@ def jitter(
     x = middle + (x - middle)*f[:, 1]
     return (_grey(x) + (x - _grey(x))*f[:, 2]).clamp(0, 255)
 
-# %% ../nbs/00b_augment.ipynb #e474cdc2
+# %% ../nbs/00b_augment.ipynb #cf30fa8b
 AUGMENTATIONS = dict(crop=crop, flip=flip, rotation=rotation, jitter=jitter) # name -> function of images (B, C, H, W) and u (B, 3)

@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'TINY_IMAGENET', 'Data', 'patch', 'pick', 'DataSource', '
            'synthetic_regression', 'synthetic_classification', 'spirals', 'npz', 'image_folder', 'get_labels',
            'tiny_imagenet', 'data_table', 'main']
 
-# %% ../nbs/01_data.ipynb #b41fe5c1
+# %% ../nbs/01_data.ipynb #c25a0719
 import copy, inspect, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .files import (DataMissing, arrays, as_targets, cached, data_root, fetch, f
                               n_outputs, npz_targets, read_idx, sort_validation, unpack)
 from .results import Table, did_you_mean, generator, pick_device
 
-# %% ../nbs/01_data.ipynb #4c9b1c07
+# %% ../nbs/01_data.ipynb #c3076271
 class Data:
     "A data set held on one device: images as uint8 (N, C, H, W) or features as float32 (N, F), and their targets"
     def __init__(self,
@@ -55,12 +55,12 @@ class Data:
     def task(self): return 'regression' if self.y_train.is_floating_point() else 'classification'
 
     def __repr__(self):
-        shape, out = 'x'.join(map(str, self.shape)), 'targets' if self.task == 'regression' else 'classes'
+        shape, out = 'x'.join(map(str, self.shape)), 'outputs' if self.task == 'regression' else 'classes'
         size = sum(t.nbytes for t in (self.x_train, self.y_train, self.x_test, self.y_test))/2**20
         return (f'{self.name}: {self.task}, {len(self.x_train):,} train + {len(self.x_test):,} test samples, '
                 f'{shape} {str(self.x_train.dtype)[6:]} -> {self.num_classes} {out}, {size:.1f} MiB on {self.device}')
 
-# %% ../nbs/01_data.ipynb #a2711032
+# %% ../nbs/01_data.ipynb #51166fc4
 def patch(f):
     "Make `f` a method of the class that annotates its first argument"
     cls = next(iter(f.__annotations__.values()))
@@ -68,15 +68,15 @@ def patch(f):
     setattr(cls, f.__name__, f)
     return f
 
-# %% ../nbs/01_data.ipynb #20ffe0c0
+# %% ../nbs/01_data.ipynb #6a7395bc
 @patch
 def normalize(self:Data,
     x # a batch in the set's own units: images 0..255 (B, C, H, W), or features (B, F)
 ) -> torch.Tensor: # float32 of the same shape
     "Mean 0 and variance 1 per channel or feature of the training split"
-    return (x - self._shift).mul_(self._factor)
+    return x.to(torch.float32, copy=True).sub_(self._shift).mul_(self._factor)
 
-# %% ../nbs/01_data.ipynb #5d4011a2
+# %% ../nbs/01_data.ipynb #b5800a37
 @patch
 def split(self:Data,
     which='train' # 'train' or 'test'
@@ -85,7 +85,7 @@ def split(self:Data,
     if which not in ('train', 'test'): raise ValueError(f"split: got {which!r}, takes 'train' or 'test'")
     return getattr(self, f'x_{which}'), getattr(self, f'y_{which}')
 
-# %% ../nbs/01_data.ipynb #ed446184
+# %% ../nbs/01_data.ipynb #c3fb00ea
 @patch
 def to(self:Data,
     device # 'auto', 'cpu', 'cuda', 'mps' or a torch.device
@@ -95,14 +95,14 @@ def to(self:Data,
     new._place(pick_device(device))
     return new
 
-# %% ../nbs/01_data.ipynb #c8f46ec6
+# %% ../nbs/01_data.ipynb #3bcd7710
 def _whole(name, value, least):
     "Check a whole number"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f'{name}: got {value!r}, takes a whole number from {least}')
     return int(value)
 
-# %% ../nbs/01_data.ipynb #1f36c51b
+# %% ../nbs/01_data.ipynb #8402637c
 @patch
 def n_batches(self:Data,
     batch_size:int, # samples in a batch
@@ -113,7 +113,7 @@ def n_batches(self:Data,
     n, b = len(self.split(split)[0]), _whole('batch_size', batch_size, 1)
     return n//b if drop_last else -(-n//b)
 
-# %% ../nbs/01_data.ipynb #576e29d7
+# %% ../nbs/01_data.ipynb #ece9664f
 @patch
 def batches(self:Data,
     batch_size:int, # samples in a batch
@@ -131,7 +131,7 @@ def batches(self:Data,
     if start > total: raise ValueError(f'start: got {start}, but an epoch has {total} batches')
     return _batches(self, split, int(batch_size), shuffle, seed, epoch, range(start, total), self.augmentations(augment))
 
-# %% ../nbs/01_data.ipynb #32dfc940
+# %% ../nbs/01_data.ipynb #5a45a5d8
 def _batches(d, split, size, shuffle, seed, epoch, ks, names):
     "Yield the batches of these numbers"
     x, y = d.split(split)
@@ -143,7 +143,7 @@ def _batches(d, split, size, shuffle, seed, epoch, ks, names):
         for name, u in draws.items(): xb = AUGMENTATIONS[name](xb, u[at])
         yield d.normalize(xb), yb
 
-# %% ../nbs/01_data.ipynb #ee8d4f47
+# %% ../nbs/01_data.ipynb #d8d7cdad
 @patch
 def augmentations(self:Data,
     augment # True, False, or names
@@ -156,7 +156,7 @@ def augmentations(self:Data,
     if names and not self.images: raise ValueError(f'augment: got {names}, but the samples of {self.name} are not images')
     return names
 
-# %% ../nbs/01_data.ipynb #39773c16
+# %% ../nbs/01_data.ipynb #b7703d4f
 def pick(
     y, # class numbers (N,), or float targets (N, T)
     n:int, # samples to choose, at most N
@@ -174,7 +174,7 @@ def pick(
     key = (rank + .5).double()/count[labels] if proportional else rank
     return order[key.argsort(stable=True)[:n]]
 
-# %% ../nbs/01_data.ipynb #509ebf8b
+# %% ../nbs/01_data.ipynb #19155a37
 @patch
 def probe(self:Data,
     n:int=512, # samples, at most those of the split
@@ -186,7 +186,7 @@ def probe(self:Data,
     i = pick(y, _whole('n', n, 1), seed).to(self.device)
     return self.normalize(x[i]), y[i]
 
-# %% ../nbs/01_data.ipynb #f9078fa7
+# %% ../nbs/01_data.ipynb #fbc75620
 @patch
 def subset(self:Data,
     train=None, # samples to keep: a number, a share below 1, positions or a mask; none: all
@@ -202,7 +202,7 @@ def subset(self:Data,
         setattr(new, f'x_{part}', x[i]); setattr(new, f'y_{part}', y[i])
     return new
 
-# %% ../nbs/01_data.ipynb #adcbc4af
+# %% ../nbs/01_data.ipynb #2477e793
 def _positions(keep, y, part, seed):
     "The positions that an argument of `subset` stands for"
     if isinstance(keep, float):
@@ -218,7 +218,7 @@ def _positions(keep, y, part, seed):
         raise ValueError(f'{part}: got {keep!r}, takes a number, a share, positions below {len(y)}, or a mask of that length')
     return i.long()
 
-# %% ../nbs/01_data.ipynb #4f891f23
+# %% ../nbs/01_data.ipynb #d4e39591
 @dataclass
 class DataSource:
     "How a named set is made, and what is known of it"
@@ -233,7 +233,7 @@ class DataSource:
     def options(self): return {k: p for k, p in self.parameters.items() if k != 'root'}
     def __call__(self, root, **options): return self.load(**(dict(root=root) if 'root' in self.parameters else {}), **options)
 
-# %% ../nbs/01_data.ipynb #9fa4954d
+# %% ../nbs/01_data.ipynb #9d1b56fe
 DATASETS = {} # name -> DataSource
 
 def register_data(
@@ -246,7 +246,7 @@ def register_data(
         return f
     return put
 
-# %% ../nbs/01_data.ipynb #89fdbd53
+# %% ../nbs/01_data.ipynb #f1fb8e84
 def get_data(
     name:str, # of `DATASETS`, or of an .npz file in the data root
     root=None, # the data root; none: $PLASTICITY_DATA, else the user's cache
@@ -265,7 +265,7 @@ def get_data(
     try: return Data(name, augment=about.augment, **made).to(device)
     except (ValueError, TypeError) as e: raise type(e)(f'{name}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #cd276b46
+# %% ../nbs/01_data.ipynb #c08b2ca0
 def _parts(name, made):
     "What a registered function gave, as the arguments of `Data`"
     keys = ('x_train', 'y_train', 'x_test', 'y_test')
@@ -280,7 +280,7 @@ def _fits(classes, made):
     ys = [as_targets(made[k], k) for k in ('y_train', 'y_test')]
     return classes is not None and not any(y.is_floating_point() or y.max() >= len(classes) for y in ys)
 
-# %% ../nbs/01_data.ipynb #d7b37dcb
+# %% ../nbs/01_data.ipynb #764d1b89
 def _find(name, root, options):
     "The source of a name, none if it is an .npz in the root; an error for an unknown name or option"
     npz, source = root/f'{name}.npz', DATASETS.get(name)
@@ -301,7 +301,7 @@ def _find(name, root, options):
             raise TypeError(f'{name}: needs the option {k}=')
     return source
 
-# %% ../nbs/01_data.ipynb #2aa14627
+# %% ../nbs/01_data.ipynb #23789b94
 def _divide(x, y, test, seed):
     "The four arrays, with `test` samples chosen in proportion to the classes for the test split"
     i, y = torch.ones(len(y), dtype=torch.bool), as_targets(y)
@@ -318,7 +318,7 @@ def digits(
     d = load_digits()
     return _divide(torch.from_numpy(d.images*255/16).round().to(torch.uint8), d.target, 360, seed)
 
-# %% ../nbs/01_data.ipynb #8c136bc2
+# %% ../nbs/01_data.ipynb #d1577cf4
 @register_data('synthetic_regression')
 def synthetic_regression(
     n:int=1000, # samples, a fifth of them for testing
@@ -332,7 +332,7 @@ def synthetic_regression(
     y = x @ (w/w.norm()) + noise*torch.randn(n, generator=g)
     return _divide(x, y, n//5, seed)
 
-# %% ../nbs/01_data.ipynb #bba1e85e
+# %% ../nbs/01_data.ipynb #8a39f9b9
 @register_data('synthetic_classification')
 def synthetic_classification(
     n:int=1000, # samples, a fifth of them for testing
@@ -347,7 +347,7 @@ def synthetic_classification(
     x = torch.randn(classes, _whole('features', features, 1), generator=g)[y] + noise*torch.randn(n, features, generator=g)
     return _divide(x, y, n//5, seed)
 
-# %% ../nbs/01_data.ipynb #7d0bf921
+# %% ../nbs/01_data.ipynb #c45b2934
 @register_data('spirals')
 def spirals(
     n:int=1000, # samples, a fifth of them for testing
@@ -365,7 +365,7 @@ def spirals(
     x[:, :2] += torch.stack([radius*angle.cos(), radius*angle.sin()], 1)
     return _divide(x, y, n//5, seed)
 
-# %% ../nbs/01_data.ipynb #63c7ba38
+# %% ../nbs/01_data.ipynb #818e8c14
 @register_data('npz')
 def npz(
     root, # the data root
@@ -375,7 +375,7 @@ def npz(
     if not Path(path).is_file(): raise DataMissing(f'path: there is no file {path}')
     return from_npz(path, root)
 
-# %% ../nbs/01_data.ipynb #dccca2d3
+# %% ../nbs/01_data.ipynb #d3ed5dc8
 def _folder_labels(root, split, path, size=None):
     "Class numbers from the folders' names"
     train, test, classes = image_splits(path)
@@ -391,7 +391,7 @@ def image_folder(
     if size is not None: size = tuple(_whole('size', s, 1) for s in (size if isinstance(size, (tuple, list)) else (size, size)))
     return folder_arrays(root, 'image_folder', *image_splits(path), size)
 
-# %% ../nbs/01_data.ipynb #a58c0db5
+# %% ../nbs/01_data.ipynb #ee266523
 def get_labels(
     name:str, # as for `get_data`
     split='train', # 'train' or 'test'
@@ -406,7 +406,7 @@ def get_labels(
     if source.labels: return as_targets(source.labels(root, split, **options))
     return get_data(name, root, **options).split(split)[1]
 
-# %% ../nbs/01_data.ipynb #101439c9
+# %% ../nbs/01_data.ipynb #5a2fe390
 def _need(root, name, looked, get):
     "Get what is missing, or say where it was looked for and how to get it"
     try: get(root)
@@ -414,7 +414,7 @@ def _need(root, name, looked, get):
         raise DataMissing(f'no data for {name!r}: looked for {root/looked} and {root/name}.npz, and fetching failed ({e}). '
                           f'With a network: plasticity-data {name} --root {shlex.quote(str(root))}') from None
 
-# %% ../nbs/01_data.ipynb #eb0e81e9
+# %% ../nbs/01_data.ipynb #a67bacb3
 _IDX = dict(x_train='train-images-idx3-ubyte', y_train='train-labels-idx1-ubyte',
             x_test='t10k-images-idx3-ubyte', y_test='t10k-labels-idx1-ubyte')
 
@@ -437,7 +437,7 @@ def _idx_files(root, name, kind):
     if None in find().values(): _need(root, name, looked, lambda root: _fetch_idx(root, kind))
     return find()
 
-# %% ../nbs/01_data.ipynb #0a66646f
+# %% ../nbs/01_data.ipynb #22d24f4d
 def _register_idx(name, kind, classes):
     "Put an MNIST-like set in the registry"
     def load(root):
@@ -451,7 +451,7 @@ _register_idx('mnist', 'MNIST', tuple('0123456789'))
 _register_idx('fashion_mnist', 'FashionMNIST', ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
                                                 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'))
 
-# %% ../nbs/01_data.ipynb #c9daab60
+# %% ../nbs/01_data.ipynb #dbe5be70
 _CIFAR = dict(CIFAR10=('cifar-10-batches-py', [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch', 'batches.meta']),
               CIFAR100=('cifar-100-python', ['train', 'test', 'meta']))
 
@@ -479,7 +479,7 @@ def _register_cifar(name, kind, classes=None):
 _register_cifar('cifar10', 'CIFAR10', ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
 _register_cifar('cifar100', 'CIFAR100')
 
-# %% ../nbs/01_data.ipynb #6962addd
+# %% ../nbs/01_data.ipynb #420deb40
 TINY_IMAGENET = ('http://cs231n.stanford.edu/tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de')
 
 def _fetch_tiny(root):
@@ -506,7 +506,7 @@ def tiny_imagenet(root):
     "Tiny ImageNet: 100,000 + 10,000 colour images of 64x64 in 200 classes; the test split is the published validation split"
     return folder_arrays(root, 'tiny_imagenet', *_tiny_splits(root))
 
-# %% ../nbs/01_data.ipynb #a74fc0a1
+# %% ../nbs/01_data.ipynb #0accbaae
 def data_table(
     root=None # the data root
 ) -> Table: # name, where, options, augment, about
@@ -523,7 +523,7 @@ def data_table(
         return dict(name=n, where=where(n), options=' '.join(s.options), augment=' '.join(s.augment), about=about)
     return Table(row(n) for n in names)
 
-# %% ../nbs/01_data.ipynb #cdfc0e8c
+# %% ../nbs/01_data.ipynb #44805d60
 def _ready(name, root):
     "Fetch and decode one set; a line about it"
     source = _find(name, root, {})
@@ -532,7 +532,7 @@ def _ready(name, root):
         except OSError as e: raise OSError(f'{name}: fetching it to {root} failed ({e})') from None
     return get_data(name, root)
 
-# %% ../nbs/01_data.ipynb #1a797327
+# %% ../nbs/01_data.ipynb #2c6b11e5
 def main(
     argv=None # arguments; none: those of the command line
 ) -> int: # exit status: 0, or 2 after an error

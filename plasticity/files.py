@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'as_inputs', 'as_targets', 'moments', 'n_outputs', 'arrays
            'cached', 'DataMissing', 'from_npz', 'npz_targets', 'list_images', 'image_splits', 'progress',
            'decode_images', 'folder_arrays', 'download', 'md5sum', 'fetch', 'unpack', 'read_idx', 'sort_validation']
 
-# %% ../nbs/00a_files.ipynb #34f03fb7
+# %% ../nbs/00a_files.ipynb #bf1ae44e
 import gzip, hashlib, http.client, json, os, re, shutil, sys, tempfile, urllib.request, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../nbs/00a_files.ipynb #00c09805
+# %% ../nbs/00a_files.ipynb #593d862e
 def _tensor(a, key):
     "A tensor of numbers from a tensor, an array or a list"
     if isinstance(a, torch.Tensor): return a.detach()
@@ -26,7 +26,7 @@ def _tensor(a, key):
     if not a.dtype.isnative: a = a.astype(a.dtype.newbyteorder('='))
     return torch.from_numpy(np.ascontiguousarray(a) if a.flags.writeable else a.copy())
 
-# %% ../nbs/00a_files.ipynb #9f67a6db
+# %% ../nbs/00a_files.ipynb #32ee309b
 def as_inputs(
     x, # images, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W); or features, numbers (N, F)
     key='x' # what it is called in an error
@@ -45,7 +45,7 @@ def as_inputs(
     if not x.isfinite().all(): raise ValueError(f'{key}: holds values that are not finite')
     return x
 
-# %% ../nbs/00a_files.ipynb #966aae5d
+# %% ../nbs/00a_files.ipynb #98505863
 def as_targets(
     y, # class numbers (N,), or float targets (N,) or (N, T)
     key='y' # what it is called in an error
@@ -62,7 +62,7 @@ def as_targets(
     if (y < 0).any(): raise ValueError(f'{key}: class numbers start at 0, got {int(y.min())}')
     return y
 
-# %% ../nbs/00a_files.ipynb #c35f4318
+# %% ../nbs/00a_files.ipynb #66ae5574
 def moments(
     x # uint8 (N, C, H, W) or float32 (N, F)
 ): # mean and standard deviation, per channel on the 0..1 scale or per feature
@@ -75,7 +75,7 @@ def moments(
     else: mean, std = x.double().mean(0), x.double().std(0, correction=0)
     return mean.float(), torch.where(std < 1e-8, 1., std).float()
 
-# %% ../nbs/00a_files.ipynb #52d06808
+# %% ../nbs/00a_files.ipynb #c6beb661
 def n_outputs(
     d # x_train, y_train, x_test, y_test and `classes`, as `as_inputs` and `as_targets` give them
 ) -> int: # classes, or the width of the targets
@@ -92,7 +92,7 @@ def n_outputs(
     if classes is not None and len(classes) < n: raise ValueError(f'classes: has {len(classes)} names for {n} classes')
     return n if classes is None else len(classes)
 
-# %% ../nbs/00a_files.ipynb #f71905f3
+# %% ../nbs/00a_files.ipynb #f6484764
 TENSORS = ('x_train', 'y_train', 'x_test', 'y_test', 'mean', 'std')
 
 def arrays(
@@ -114,7 +114,7 @@ def arrays(
     d['mean'], d['std'] = moments(d['x_train']) if mean is None or std is None else (torch.as_tensor(v).float() for v in (mean, std))
     return d
 
-# %% ../nbs/00a_files.ipynb #46efbce4
+# %% ../nbs/00a_files.ipynb #54529246
 def data_root(
     root=None # a folder; none: $PLASTICITY_DATA, else the user's cache
 ) -> Path:
@@ -126,7 +126,7 @@ def data_root(
     else: cache = '~/.cache'
     return Path(os.environ.get('XDG_CACHE_HOME') or cache).expanduser()/'plasticity'
 
-# %% ../nbs/00a_files.ipynb #b93a609e
+# %% ../nbs/00a_files.ipynb #cc08baac
 def _digest(*what): return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:12]
 
 def _cache_file(root, name, options, files):
@@ -137,7 +137,7 @@ def _cache_file(root, name, options, files):
     stem = '-'.join([re.sub(r'[^\w.-]', '_', name), _digest(options)])
     return root/'cache'/f'{stem}-{_digest(1, *map(state, files))}.safetensors', f'{stem}-*.safetensors'
 
-# %% ../nbs/00a_files.ipynb #b4d0b37c
+# %% ../nbs/00a_files.ipynb #0008d7b1
 def write_cache(
     path, # where to
     parts # what `arrays` gives
@@ -159,7 +159,7 @@ def read_cache(
     with safe_open(path, 'pt') as f:
         return {k: f.get_tensor(k) for k in TENSORS} | dict(classes=json.loads(f.metadata()['classes']))
 
-# %% ../nbs/00a_files.ipynb #94b7a2da
+# %% ../nbs/00a_files.ipynb #29111b47
 def cached(
     root:Path, # the data root
     name:str, # of the set
@@ -180,7 +180,7 @@ def cached(
     for old in set(path.parent.glob(older)) - {path}: old.unlink(missing_ok=True)
     return read_cache(path)
 
-# %% ../nbs/00a_files.ipynb #54bfd811
+# %% ../nbs/00a_files.ipynb #56255ea5
 def _npz(path):
     "An open .npz"
     try: z = np.load(path, allow_pickle=False)
@@ -194,11 +194,11 @@ def _member(z, path, key):
     try: return z[key]
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e: raise ValueError(f'{path}: {key} cannot be read ({e})') from None
 
-# %% ../nbs/00a_files.ipynb #17231ad2
+# %% ../nbs/00a_files.ipynb #40ffa4aa
 class DataMissing(FileNotFoundError):
     "The files of a data set are not here and cannot be had; the message says where they were looked for and how to get them"
 
-# %% ../nbs/00a_files.ipynb #5b761687
+# %% ../nbs/00a_files.ipynb #0b26a760
 def from_npz(
     path, # the file
     root=None # data root, for the cache
@@ -215,7 +215,7 @@ def from_npz(
         except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return cached(root, path.stem, {'path': os.path.relpath(path, root)}, [path], decode)
 
-# %% ../nbs/00a_files.ipynb #2ddd48c2
+# %% ../nbs/00a_files.ipynb #c681e65a
 def npz_targets(
     path, # the file
     split='train' # 'train' or 'test'
@@ -223,7 +223,7 @@ def npz_targets(
     "The targets of an .npz; its images are not touched"
     with _npz(path) as z: return as_targets(_member(z, path, f'y_{split}'), f'{path}: y_{split}')
 
-# %% ../nbs/00a_files.ipynb #18210654
+# %% ../nbs/00a_files.ipynb #680cc372
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 
 def _class_names(folder):
@@ -240,7 +240,7 @@ def list_images(
     if not found: raise DataMissing(f'there are no images in class folders below {folder}')
     return [f for f, _ in found], torch.tensor([i for _, i in found])
 
-# %% ../nbs/00a_files.ipynb #6ba86bdd
+# %% ../nbs/00a_files.ipynb #35ab0418
 def image_splits(
     path, # of the image folder
     tests=('test', 'val', 'valid') # names that the second split may have
@@ -254,7 +254,7 @@ def image_splits(
         if names and set(names) <= set(classes): return path/'train', path/t, classes
     raise DataMissing(f"path: {path} has none of {', '.join(f'{t}/' for t in tests)} with class folders that are also in train/")
 
-# %% ../nbs/00a_files.ipynb #dfcaee12
+# %% ../nbs/00a_files.ipynb #2977c553
 def progress(
     it, # an iterable
     **kw # for tqdm
@@ -287,7 +287,7 @@ def decode_images(
         for _ in progress(pool.map(put, range(len(files))), total=len(files), desc='decoding', disable=len(files) < 5000): pass
     return out
 
-# %% ../nbs/00a_files.ipynb #187f836e
+# %% ../nbs/00a_files.ipynb #689ceea8
 def folder_arrays(
     root:Path, # data root, for the cache
     name:str, # of the set
@@ -303,7 +303,7 @@ def folder_arrays(
         return dict(x_train=x[:len(y)], y_train=y, x_test=x[len(y):], y_test=y_t, classes=classes)
     return cached(root, name, {'path': os.path.relpath(train.parent, root), 'size': size}, files + files_t, decode)
 
-# %% ../nbs/00a_files.ipynb #4fe85331
+# %% ../nbs/00a_files.ipynb #588fb1a5
 def _make(path):
     "A new file to write, and its folders"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ def download(
     except (OSError, http.client.HTTPException) as e: raise OSError(f"{url}: {getattr(e, 'reason', None) or e}") from None
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #b51fe356
+# %% ../nbs/00a_files.ipynb #ee7bc1a3
 def md5sum(
     path # a file
 ) -> str: # 32 hexadecimal digits
@@ -352,7 +352,7 @@ def fetch(
         except OSError as e: said.append(str(e))
     raise OSError('; '.join(said))
 
-# %% ../nbs/00a_files.ipynb #cbd530e4
+# %% ../nbs/00a_files.ipynb #3aab522c
 def unpack(
     archive, # a .zip
     folder:Path, # what it holds at its top, and where that shall be
@@ -371,7 +371,7 @@ def unpack(
     except (zipfile.BadZipFile, zlib.error, EOFError) as e: raise OSError(f'{archive}: damaged ({e}); remove it') from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00a_files.ipynb #2e516a23
+# %% ../nbs/00a_files.ipynb #57ff3b8f
 def read_idx(
     path # an IDX file, plain or .gz
 ) -> np.ndarray: # uint8
@@ -385,7 +385,7 @@ def read_idx(
     if not ndim or len(raw) != 4 + 4*ndim + int(np.prod(shape)): raise ValueError(f'{path}: not a whole IDX file of bytes')
     return np.frombuffer(raw, np.uint8, offset=4 + 4*ndim).reshape(shape)
 
-# %% ../nbs/00a_files.ipynb #e11f2892
+# %% ../nbs/00a_files.ipynb #7e69883d
 def sort_validation(
     folder # tiny-imagenet-200
 ):
