@@ -1,0 +1,24 @@
+"Pages as a reader opens them: the report of a run with no network, and notebooks in JupyterLab."
+import pytest
+
+@pytest.fixture(scope='session')
+def run_folder(tmp_path_factory):
+    from plasticity.experiments import run_line
+    folder = tmp_path_factory.mktemp('run')/'r'
+    return run_line('dryrun=true', 'logging.progress=false', f'hydra.run.dir={folder}')
+
+def test_report_needs_no_network(browser, run_folder):
+    page, asked, errors = browser.new_page(), [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.goto(f'file://{run_folder}/report.html')
+    assert [u for u in asked if not u.startswith(('file:', 'data:'))] == [] and errors == []
+    sizes = page.evaluate('[...document.images].map(i => i.naturalWidth)')
+    assert len(sizes) >= 2 and min(sizes) > 100
+    assert page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
+    assert 'mlp on digits' in page.inner_text('h1')
+    page.close()
+
+@pytest.mark.parametrize('name', ['index.ipynb', '00_results.ipynb'])
+def test_notebook_runs(notebook, name):
+    notebook(name)

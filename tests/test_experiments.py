@@ -1,0 +1,146 @@
+"The command line, from outside: folders, words, errors, resuming."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plasticity import experiments as ex
+from plasticity.training import Callback
+
+QUICK = 'dryrun=true', 'logging.progress=false'
+
+def run(*words, folder, quick=QUICK): return ex.run_line(*quick, *words, f'hydra.run.dir={folder}')
+
+def command(*words, cwd, **kw):
+    return subprocess.run([sys.executable, '-c', 'from plasticity.experiments import main; main()', *words], cwd=cwd, text=True,
+                          capture_output=True, timeout=120, **kw)
+
+def test_a_run_leaves_its_folder(tmp_path):
+    folder = run('training.seed=7', folder=tmp_path/'r')
+    files = {p.name for p in folder.iterdir() if p.suffix != '.safetensors'}
+    assert files == {'config.json', 'metrics.jsonl', 'checkpoint.json', 'report.html'}
+    config, history, layers = ex.read_run(folder)
+    assert config['training']['seed'] == 7 and config['model']['name'] == 'mlp' and config['dryrun'] is True
+    assert {r['split'] for r in history} == {'train', 'test'} and 'dead_fraction' in set(layers.column('metric'))
+    page = (folder/'report.html').read_text()
+    assert page.count('src="data:image/') == 2 and 'http' not in page.replace('http://www.w3.org', '')
+
+@pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
+def test_every_model_on_small_images(model, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    parts = ('train', 40), ('test', 10)
+    np.savez(tmp_path/'tiny.npz', **{f'x_{s}': rng.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8) for s, n in parts},
+             **{f'y_{s}': rng.integers(0, 3, n) for s, n in parts})
+    monkeypatch.setenv('PLASTICITY_DATA', str(tmp_path))
+    folder = run(f'model={model}', 'dataset=tiny', 'training.batch_size=8', folder=tmp_path/model)
+    assert ex.read_run(folder)[1][-1]['epoch'] == 1
+
+@pytest.mark.parametrize('words, says', [
+    (['model=mpl'], "did you mean 'mlp'"), (['modle=mlp'], "did you mean 'model'"), (['training.epoch=3'], 'training.epochs'),
+    (['training.epochs=many'], 'training.epochs'), (['optimizer=adm'], "'adam'"), (['optimizer.lr=fast'], 'optimizer.lr'),
+    (['model.activation=rellu'], 'relu'), (['+model.foo=3'], 'foo'), (['dataset=mnst'], 'mnist'), (['training.batch_size=0'], 'batch_size'),
+    (['device=gpu'], 'device'), (['training.schedule=cosin'], 'schedule'), (['--config', 'nowhere.json'], 'nowhere.json'),
+    (['resume=nowhere'], 'resume'), (['--import', 'nowhere.py'], 'nowhere.py'), (['model.normalization=instance'], 'instance'),
+    (['training=standrad'], 'standard'), (['metrics.dead_treshold=.9'], 'metrics.dead_threshold'),
+    (['optimizer=sgd', 'optimizer.momentum=x'], 'momentum'), (['dryrun=maybe'], 'dryrun'), (['model.hidden_sizes=[8'], 'hidden_sizes')])
+def test_wrong_words_get_one_line(words, says, tmp_path):
+    with pytest.raises(ex.ConfigError) as e: run(*words, folder=tmp_path/'r')
+    text = str(e.value)
+    assert says in text and '\n' not in text and len(text) < 600
+    assert not (tmp_path/'r'/'metrics.jsonl').exists()
+
+def test_exit_status_and_no_traceback(tmp_path):
+    r = command('model=mpl', cwd=tmp_path)
+    assert r.returncode == 2 and r.stdout == '' and r.stderr.count('\n') == 1 and r.stderr.startswith('plasticity: model')
+    ok = command('--help', cwd=tmp_path)
+    assert ok.returncode == 0 and 'dataset: digits' in ok.stdout and 'hidden_sizes' in ok.stdout and '_target_' not in ok.stdout
+
+def test_config_file_round_trip(tmp_path):
+    first = run('model.hidden_sizes=[12]', 'optimizer=sgd', 'optimizer.lr=.05', "model.activation='tanh'", folder=tmp_path/'a')
+    again = ex.run_line('--config', f'{first}/config.json', f'hydra.run.dir={tmp_path}/b')
+    assert ex.read_run(first)[0] == ex.read_run(again)[0] and ex.read_run(first)[1] == ex.read_run(again)[1]
+    (tmp_path/'part.json').write_text(json.dumps(dict(model=dict(name='cnn', channels=[4]), training=dict(seed=3))))
+    third = ex.read_run(ex.run_line(f'--config={tmp_path}/part.json', 'model=mlp', *QUICK, f'hydra.run.dir={tmp_path}/c'))[0]
+    assert third['model']['name'] == 'mlp' and third['training']['seed'] == 3
+
+def test_words_round_trip():
+    tree = dict(model=dict(name='mlp', activation="it's \\ odd", sizes=[1, [2, 'x']], none=None, f=1e-5), dryrun=True, root='a b')
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(ex.as_words(tree))}
+    assert values == {'model': 'mlp', 'model.activation': "it's \\ odd", 'model.sizes': [1, [2, 'x']], 'model.none': None, 'model.f': 1e-5,
+                      'dryrun': True, 'root': 'a b'}
+
+def test_the_same_folder_is_not_overwritten(tmp_path):
+    assert run(folder=tmp_path/'r').name == 'r' and run(folder=tmp_path/'r').name == 'r-2'
+
+def test_resume_equals_the_unbroken_run(tmp_path):
+    words = 'logging.progress=false', 'training.epochs=3', 'model.hidden_sizes=[16]'
+    whole = run(*words, folder=tmp_path/'whole', quick=())
+    @ex.register_policy('break')
+    class Break(Callback):
+        def __init__(self, at:int=0): self.at = at
+        def after_step(self, trainer):
+            if trainer.step == self.at: os.kill(os.getpid(), signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt): run(*words, 'policy=break', 'policy.at=30', folder=tmp_path/'part', quick=())
+        config = json.loads((tmp_path/'part'/'config.json').read_text())
+        assert len(ex.read_run(tmp_path/'part')[1]) < len(ex.read_run(whole)[1])
+        assert config['policy'] == dict(name='break', at=30)
+        resumed = ex.run_line(f"resume={tmp_path}/part")
+    finally: ex.POLICIES.pop('break')
+    for a, b in zip(ex.read_run(whole)[1:], ex.read_run(resumed)[1:], strict=True): assert a == b
+
+def test_ctrl_c_leaves_a_resumable_run(tmp_path):
+    words = 'training.epochs=3000', 'model.hidden_sizes=[16]', 'metrics.metrics_frequency=0', f'hydra.run.dir={tmp_path}/r'
+    p = subprocess.Popen([sys.executable, '-c', 'from plasticity.experiments import main; main()', *words], cwd=tmp_path, text=True,
+                         stderr=subprocess.PIPE)
+    for _ in range(600):
+        if (tmp_path/'r'/'checkpoint.json').exists(): break
+        time.sleep(.1)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'go on with: plasticity resume=' in err and 'Traceback' not in err
+    done = json.loads((tmp_path/'r'/'metrics.jsonl').read_text().splitlines()[-1])['epoch']
+    assert 0 < done < 3000
+
+def test_multirun(tmp_path):
+    ex.run_line('--multirun', 'training.seed=1,2', *QUICK, f'hydra.sweep.dir={tmp_path}/m')
+    assert sorted(p.parent.name for p in Path(tmp_path/'m').glob('*/report.html')) == ['0', '1']
+
+MINE = '''
+from torch import nn
+from plasticity.models import register_model
+@register_model('mine')
+def mine(in_shape, num_classes, width:int=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
+'''
+
+def test_import_registers(tmp_path):
+    (tmp_path/'my.py').write_text(MINE)
+    r = command('--import', 'my.py', 'model=mine', 'model.width=7', 'dryrun=true', 'hydra.run.dir=r', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert ex.read_run(tmp_path/'r')[0]['model'] == dict(name='mine', width=7)
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip('wandb'); pytest.importorskip('accelerate')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    folder = run('logging.use_wandb=true', 'logging.wandb_project=test', folder=tmp_path/'r')
+    assert list(folder.glob('wandb/offline-run-*/*.wandb'))
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard'); pytest.importorskip('accelerate')
+    folder = run('logging.use_tensorboard=true', folder=tmp_path/'r')
+    assert list(folder.rglob('events.out.tfevents*'))
+
+def test_a_missing_tracker_gives_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(ex.ConfigError, match=r"pip install 'plasticity\[wandb\]'"): run('logging.use_wandb=true', folder=tmp_path/'r')
+
+def test_thresholds_reach_the_metrics(tmp_path):
+    strict, loose = (ex.read_run(run(f'metrics.corr_threshold={t}', folder=tmp_path/f't{t}'))[2] for t in (.999999, .01))
+    mean = lambda rows: np.mean([r['value'] for r in rows if r['metric'] == 'duplicate_fraction'])
+    assert mean(loose) > mean(strict)
+
+def test_read_run_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match='not a run'): ex.read_run(tmp_path)
