@@ -174,7 +174,7 @@ class LayerStats:
     saturation: float = 1e-4 # threshold of `saturated`
 
     def __getattr__(self, key):
-        if key in SUMS: return self.sums[SUMS.index(key)]
+        if key in SUMS: return self.sums[..., SUMS.index(key), :]
         raise AttributeError(f'LayerStats has no {key!r}')
 
     def to(self, device): return replace(self, **{k: v.to(device) for k, v in self.tensors().items()})
