@@ -219,7 +219,8 @@ def _reach(obj, seen):
     obj = inspect.unwrap(obj) if callable(obj) else obj
     key = f'{obj.__module__}.{obj.__qualname__}'
     if key in seen: return
-    seen[key] = essence(_source(obj))
+    try: seen[key] = essence(_source(obj))
+    except OSError: return  # made by a decorator, as a dataclass's methods are: the class itself is hashed
     bases = obj.__bases__ if isinstance(obj, type) else ()
     found = [b for b in bases if _ours(b.__module__)]
     for fn in _codes(obj):
@@ -321,12 +322,12 @@ def _execute(fns, name, seed, device, settings):
     fn, device = fns[0], pick_device(device)
     takes = inspect.signature(fn).parameters
     extra = {k: v for k, v in dict(seed=seed, device=device).items() if k in takes or any(p.kind == p.VAR_KEYWORD for p in takes.values())}
-    t = time.perf_counter()
+    depends, t = dependencies(*fns), time.perf_counter()
     value = fn(**settings, **extra)
     if not isinstance(value, dict): raise TypeError(f'fns: {fn.__name__} returned a {type(value).__name__}; a saved run returns a dict')
     meta = dict(name=name, function=fn.__name__, settings=_plain(settings, 'settings'), seed=seed, device=_device_name(device),
                 torch=torch.__version__, seconds=round(time.perf_counter() - t, 3), commit=_commit(), date=time.strftime('%Y-%m-%d'),
-                dependencies=dependencies(*fns))
+                dependencies=depends)
     return dict(meta=meta, result=_plain(value))
 
 # %% ../nbs/00_results.ipynb #11d04765
