@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Residual', 'identity_layer', 'silence', 'seen', 'place', 'deeper', 'made', 'tops', 'renamed', 'forget',
            'TwinAttention', 'project', 'mask', 'forward', 'twin_attention']
 
-# %% ../nbs/07f_depth.ipynb #abf77d2f
+# %% ../nbs/07f_depth.ipynb #2c6801f6
 import itertools, math
 from collections import OrderedDict
 from copy import deepcopy
@@ -20,7 +20,7 @@ from .starts import fresh_tensors
 from .surgery import Surgeon, find, operation
 from .trial import _changed, quiet, relative, tensors_in
 
-# %% ../nbs/07f_depth.ipynb #02fbe433
+# %% ../nbs/07f_depth.ipynb #3ffade8c
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 class Residual(nn.Module):
@@ -49,7 +49,7 @@ def identity_layer(
     nn.init.zeros_(layer.bias)
     return nn.Sequential(layer, nn.ReLU())
 
-# %% ../nbs/07f_depth.ipynb #b1895f8d
+# %% ../nbs/07f_depth.ipynb #46f95305
 def _zeroable(block):
     "Sets of parameters that could be the last weights of a branch, last first"
     out = []
@@ -75,7 +75,7 @@ def silence(
                 for p, v in old: p.data.copy_(v)
     return False
 
-# %% ../nbs/07f_depth.ipynb #a64fb32f
+# %% ../nbs/07f_depth.ipynb #4002419b
 KINDS = ('auto', 'identity', 'residual', 'block')
 
 def seen(
@@ -103,7 +103,7 @@ def _spatial(module, y):
     if isinstance(last[-1], (nn.Linear, nn.LayerNorm)): return 0
     return y.dim() - 2
 
-# %% ../nbs/07f_depth.ipynb #24daa919
+# %% ../nbs/07f_depth.ipynb #381194ce
 def place(
     model, # any module
     at:str, # path of the module to insert behind
@@ -124,7 +124,7 @@ def place(
 
 def _is_act(m): return type(m).__module__ == 'torch.nn.modules.activation' and not isinstance(m, nn.MultiheadAttention)
 
-# %% ../nbs/07f_depth.ipynb #317b1b27
+# %% ../nbs/07f_depth.ipynb #76b8d129
 def deeper(
     model, # any module
     at:str, # path of the module to insert behind
@@ -150,7 +150,7 @@ def deeper(
     if kind == 'block': raise ValueError(f'at: no block beside {path!r} can be made silent (post-norm, or other shapes); kind="residual" fits anywhere')
     return dict(op='insert', parent=up, name=name, **_layer(model, path, up, name, ys[0][0], kind, width, seed))
 
-# %% ../nbs/07f_depth.ipynb #2195f1f6
+# %% ../nbs/07f_depth.ipynb #27819d89
 def _layer(model, path, up, name, y, kind, width, seed):
     "Specification and values of an identity or residual layer"
     module, box = model.get_submodule(path), model.get_submodule(up)
@@ -189,7 +189,7 @@ def _block(model, path, like, got, seed):
 
 def _tensors(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
-# %% ../nbs/07f_depth.ipynb #f6d74118
+# %% ../nbs/07f_depth.ipynb #ee46f608
 def made(
     model, # to copy a block from
     spec:dict, # kind and sizes
@@ -208,7 +208,7 @@ def made(
     for p in new.parameters(): p.grad = None
     return new
 
-# %% ../nbs/07f_depth.ipynb #5d6ee865
+# %% ../nbs/07f_depth.ipynb #0ea37668
 def _children(box, name, new):
     "The container's children with `new` behind `name`"
     numbered = all(k.isdigit() for k in box._modules)
@@ -233,7 +233,7 @@ def _join(surgeon, new, near):
                 def back(group=group, old=list(group['params'])): group['params'][:] = old
                 surgeon.journal.append(back); group['params'].append(p)
 
-# %% ../nbs/07f_depth.ipynb #47b0ef3f
+# %% ../nbs/07f_depth.ipynb #e5319506
 @operation
 def _insert(self, parent, name, spec, values):
     before, moved = {id(t): n for n, t in _tensors(self.model).items()}, None
@@ -244,7 +244,9 @@ def _insert(self, parent, name, spec, values):
         new = made(self.tops()[i], spec)
         new.train(old.training)
         if t is not None: new.to(device=t.device)
-        for k, v in _tensors(new).items(): v.data = values[k].to(v.device, values[k].dtype).clone()
+        for k, v in _tensors(new).items():
+            old_v = values[k].to(v.device)
+            v.data = (old_v.to(self.dtype) if self.dtype and old_v.is_floating_point() else old_v).clone()
         if isinstance(box, (nn.Sequential, nn.ModuleList)): children, moved = _children(box, name, new)
         else: children, moved = OrderedDict((k, nn.Sequential(m, new) if k == name else m) for k, m in box._modules.items()), None
         _swap(self, box, children)
@@ -267,7 +269,7 @@ def _remove(self, parent, name, behind, wrapped, spec):
     self.renamed(before)
     return [dict(op='insert', parent=parent, name=behind, spec=spec, values=values)]
 
-# %% ../nbs/07f_depth.ipynb #85c14898
+# %% ../nbs/07f_depth.ipynb #d0e52a8e
 @method(Surgeon)
 def tops(self): # the model and its followers that are modules
     return self.modules('')
@@ -300,7 +302,7 @@ def forget(self, params):
         for g, ps in groups: g['params'][:] = [p for p in ps if all(p is not q for q in params)]
         for p, _ in kept: del o.state[p]
 
-# %% ../nbs/07f_depth.ipynb #513d835d
+# %% ../nbs/07f_depth.ipynb #7e73b380
 _PROJECTIONS = ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v')
 
 class TwinAttention(nn.Module):
@@ -325,7 +327,7 @@ class TwinAttention(nn.Module):
         for k, p in self._parameters.items():
             if p is not None: nn.init.zeros_(p) if k.endswith('bias') else nn.init.xavier_uniform_(p)
 
-# %% ../nbs/07f_depth.ipynb #3b85529b
+# %% ../nbs/07f_depth.ipynb #f4b366f6
 @method(TwinAttention)
 def project(self, q, k, v): # (L, B, E) -> three of (L, B, heads * head_dim)
     w, b = self.in_proj_weight, self.in_proj_bias
@@ -357,7 +359,7 @@ def mask(self, attn_mask, padding, dtype, B): # broadcastable to (B, heads, L, S
     if padding is not None: padding = F.pad(padding, (0, more)).view(B, 1, 1, -1)
     return padding if attn_mask is None else attn_mask if padding is None else attn_mask + padding
 
-# %% ../nbs/07f_depth.ipynb #999451a6
+# %% ../nbs/07f_depth.ipynb #542d5324
 @method(TwinAttention)
 def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     if query.is_nested: raise TypeError('query: a twin takes no nested tensors; TransformerEncoder(enable_nested_tensor=False)')
@@ -387,7 +389,7 @@ def forward(self, query, key, value, key_padding_mask=None, need_weights=True, a
     if single: return y.squeeze(1), None if weights is None else weights.squeeze(0)
     return y.transpose(0, 1) if swap else y, weights
 
-# %% ../nbs/07f_depth.ipynb #5f56beff
+# %% ../nbs/07f_depth.ipynb #e70a545c
 def twin_attention(
     model, # any module; changed in place
 ): # the model (its twin, where the model is an nn.MultiheadAttention itself)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EDITS', 'STARTS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 'tried', 'attempt', 'EditRecord', 'copied',
            'regrouped', 'filled', 'Widen', 'widen', 'Clone', 'clone', 'Prune', 'prune', 'Reset', 'reset', 'to_json',
-           'save', 'load_record', 'replay']
+           'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect', 'Disconnect', 'connect', 'disconnect']
 
-# %% ../nbs/08_edits.ipynb #bfea9d14
+# %% ../nbs/08_edits.ipynb #eac89a75
 import hashlib, json
 from dataclasses import dataclass, field, fields
 
@@ -18,11 +18,12 @@ from torch import nn
 import plasticity.units
 from .results import Table, did_you_mean, generator, method, write_atomic
 from .starts import follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread
-from .surgery import Surgeon, find, no_waiting_graph, owner, unwrapped
+from .depth import TwinAttention, deeper, twin_attention
+from .surgery import Surgeon, find, newcomers, no_waiting_graph, operation, owner, set_data, unwrapped, write
 from .trial import Trial, as_examples
 from .units import EditError, LastUnits, units
 
-# %% ../nbs/08_edits.ipynb #f415502e
+# %% ../nbs/08_edits.ipynb #cfa36034
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -72,7 +73,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/08_edits.ipynb #5c7f6b21
+# %% ../nbs/08_edits.ipynb #c6b3b2ef
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -101,7 +102,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/08_edits.ipynb #dcb5b33c
+# %% ../nbs/08_edits.ipynb #4bf7fc48
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -132,7 +133,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/08_edits.ipynb #babf5a03
+# %% ../nbs/08_edits.ipynb #7afb3a40
 @method(edit)
 def do(self,
     edit, # an Edit
@@ -163,6 +164,7 @@ def tried(self, plan):
     trial = self.trial if self.trial.settled else self.trial.settle()
     if not trial.blind: return self.attempt(self.surgeon, plan)
     rehearsal = Surgeon(self.model)
+    rehearsal.dtype = trial.dtype
     with trial.substitute():
         try:
             error = self.attempt(rehearsal, plan)
@@ -179,7 +181,7 @@ def attempt(self, surgeon, plan):
     plan.run(surgeon); surgeon.keep_sizes(plan.names)
     return self.trial.check(surgeon, promised, plan.names, plan.sizes, plan.exact)
 
-# %% ../nbs/08_edits.ipynb #3cbad876
+# %% ../nbs/08_edits.ipynb #d5233bd8
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -226,7 +228,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/08_edits.ipynb #c6f721a7
+# %% ../nbs/08_edits.ipynb #c33235b6
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -246,7 +248,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #a180905d
+# %% ../nbs/08_edits.ipynb #4df4a325
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -288,7 +290,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #c189196a
+# %% ../nbs/08_edits.ipynb #576ba5c5
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -313,7 +315,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #4fc80cf2
+# %% ../nbs/08_edits.ipynb #c0bda707
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -338,7 +340,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #799a91d1
+# %% ../nbs/08_edits.ipynb #54a9399d
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -367,7 +369,7 @@ def _begun(plan, edit, session, g, maps, copies):
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #d24c4d7f
+# %% ../nbs/08_edits.ipynb #ccc37328
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -377,7 +379,7 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #a660d821
+# %% ../nbs/08_edits.ipynb #7a4da6bb
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -416,7 +418,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #5f20be56
+# %% ../nbs/08_edits.ipynb #4f6578c6
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -458,7 +460,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #2e44fdee
+# %% ../nbs/08_edits.ipynb #8e13fda1
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -506,7 +508,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #932f3061
+# %% ../nbs/08_edits.ipynb #4a670e11
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -546,7 +548,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/08_edits.ipynb #f84dd40e
+# %% ../nbs/08_edits.ipynb #0aae3fec
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order
@@ -573,3 +575,154 @@ def replay(
     s.journal.clear()
     edits = [e for r in (record if isinstance(record, (list, tuple)) else [record]) for e in r.edits]
     return EditRecord(edits, s.ops, s.undo)
+
+# %% ../nbs/08_edits.ipynb #88905101
+@dataclass(frozen=True)
+class Deepen(Edit):
+    "Insert a layer behind a module; the function stays"
+    at: str # path of the module
+    kind: str = 'auto' # 'block', 'identity', 'residual', or the first of these that fits
+    width: int = None # of a residual layer, in between
+    seed: int = 0 # of the draw
+
+    def plan(self, session):
+        model = session.model
+        op = deeper(model, self.at, as_examples(session.examples), self.kind, self.width, self.seed)
+        box = op['parent'].rpartition('.')[0]
+        top = model.get_submodule(box) if op['parent'] else model
+        def run(s):
+            s.run(op)
+            n = getattr(top, 'num_layers', None)
+            if isinstance(top, (nn.TransformerEncoder, nn.TransformerDecoder)): s.run(dict(op='attr', module=box, name='num_layers', value=n + 1, old=n))
+        def moved(): session.base = None
+        return Plan([], run, moved=moved, info=dict(inserted=f"{op['parent']}.{op['name']}".strip('.'), kind=op['spec']['kind']))
+
+@method(edit)
+def deepen(self,
+    at:str, # path of the module to insert behind
+    **options # of Deepen
+):
+    "Insert a layer; the function stays"
+    return self.do(Deepen(at, **options))
+
+# %% ../nbs/08_edits.ipynb #5aaa10b3
+def _layer(surgeon, path):
+    "The layer in the model and its followers, checked"
+    layers = surgeon.modules(path)
+    own = hasattr(layers[0], 'connect') and hasattr(layers[0], 'disconnect')
+    if not own and not isinstance(layers[0], nn.Linear):
+        raise TypeError(f'layer: {path!r} is a {type(layers[0]).__name__}; takes an nn.Linear or a layer with connect and disconnect')
+    return layers, own
+
+def _relinked(surgeon, path, change, values=None, kept=None):
+    "Let the layers change their links, and take along what follows; gives what removed links had"
+    layers, _ = _layer(surgeon, path)
+    prefix = f'{path}.' if path else ''
+    slots = {n: surgeon.slots(prefix + n) for n in layers[0]._parameters if layers[0]._parameters[n] is not None}
+    for layer in layers:
+        state = {**layer._parameters, **layer._buffers}
+        plain = {k: v for k, v in layer.__dict__.items() if not k.startswith('_')}
+        def back(layer=layer, state=state, data={k: (t.data, t.grad) for k, t in state.items() if t is not None}, plain=plain):
+            for k, (v, g) in data.items(): set_data(state[k], v); state[k].grad = g
+            layer.__dict__.update(plain)
+        surgeon.journal.append(back)
+        orders = change(layer)
+    lost = {}
+    for n, order in orders.items():
+        gone = torch.ones(len(slots[n][0].tensor), dtype=torch.bool); gone[order[order >= 0]] = False
+        lost[n] = {s.path: s.tensor[gone.to(s.tensor.device)] for s in slots[n] if s.path != 'grad'}
+        moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state') or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
+        surgeon.store(moving, [_reordered(s, order, (kept or {}).get(n, {}).get(s.path), values) for s in moving])
+    return lost
+
+def _reordered(slot, order, kept, values):
+    "A slot's entries after links came and went"
+    t, at = slot.tensor, (order < 0).nonzero()[:, 0]
+    new = t[order.clamp(min=0).to(t.device)] if len(t) else t.new_zeros((len(order), *t.shape[1:]))
+    if not len(at): return new
+    if kept is not None: return write(new, 0, at, kept)
+    if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
+    return newcomers(new, 0, at, slot.fresh, slot.settings)
+
+# %% ../nbs/08_edits.ipynb #46fe79aa
+@operation
+def _connect(self, layer, rows, cols, values, kept=None):
+    _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
+    return [dict(op='disconnect', layer=layer, rows=rows, cols=cols)]
+
+@operation
+def _disconnect(self, layer, rows, cols):
+    lost = _relinked(self, layer, lambda m: m.disconnect(rows, cols))
+    values = next((v['value'] for v in lost.values()), torch.zeros(len(rows)))
+    return [dict(op='connect', layer=layer, rows=rows, cols=cols, values=values, kept=lost)]
+
+@operation
+def _entries(self, tensor, rows, cols, value=None, values=None):
+    slots, old = self.slots(tensor), {}
+    news = []
+    for s in slots:
+        i, j = rows.to(s.tensor.device), cols.to(s.tensor.device)
+        if s.path != 'grad': old[s.path] = s.tensor[i, j]
+        given = (values or {}).get(s.path)
+        if given is None: given = value.to(s.tensor) if s.power == 'value' else torch.zeros(len(i)).to(s.tensor) if value.any() == 0 else _row_peak(s, i)
+        news.append(s.tensor.index_put((i, j), given.to(s.tensor)))
+    self.store(slots, news)
+    return [dict(op='entries', tensor=tensor, rows=rows, cols=cols, value=value, values=old)]
+
+def _row_peak(slot, rows):
+    "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
+    return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
+
+# %% ../nbs/08_edits.ipynb #64335bf1
+def _links(model, layer, rows, cols):
+    "Checked link positions"
+    m = model.get_submodule(layer)
+    rows, cols = (torch.as_tensor(_plain(v), dtype=torch.long).reshape(-1) for v in (rows, cols))
+    if len(rows) != len(cols): raise ValueError(f'rows, cols: got {len(rows)} and {len(cols)}, takes as many of both')
+    for what, v, n in ('rows', rows, getattr(m, 'out_features', None)), ('cols', cols, getattr(m, 'in_features', None)):
+        if n is not None and len(v) and not 0 <= int(v.min()) <= int(v.max()) < n: raise ValueError(f'{what}: got {int(v.min())} to {int(v.max())}, takes 0 to {n - 1}')
+    if len({*zip(rows.tolist(), cols.tolist(), strict=True)}) < len(rows): raise ValueError('rows, cols: got a link twice')
+    return rows, cols
+
+@dataclass(frozen=True)
+class Connect(Edit):
+    "Add links to a layer; with values at zero the function stays"
+    layer: str # path of a sparse layer or an nn.Linear
+    rows: list # outputs
+    cols: list # inputs
+    values: list = None # weights of the links; zero if None
+
+    def plan(self, session):
+        rows, cols = _links(session.model, self.layer, self.rows, self.cols)
+        values = torch.zeros(len(rows)) if self.values is None else torch.tensor(self.values, dtype=torch.float64).reshape(-1)
+        if len(values) != len(rows): raise ValueError(f'values: got {len(values)} for {len(rows)} links')
+        own = _layer(session.surgeon, self.layer)[1]
+        names = [f'{self.layer}.{n}'.strip('.') for n in session.model.get_submodule(self.layer)._parameters]
+        if own: return Plan(names, lambda s: s.run(dict(op='connect', layer=self.layer, rows=rows, cols=cols, values=values)), exact=not values.any())
+        op = dict(op='entries', tensor=f'{self.layer}.weight'.strip('.'), rows=rows, cols=cols, value=values)
+        return Plan(names[:1], lambda s: s.run(op), promise=[op])
+
+@dataclass(frozen=True)
+class Disconnect(Edit):
+    "Remove links from a layer; those at zero do not change the function"
+    layer: str # path of a sparse layer or an nn.Linear
+    rows: list # outputs
+    cols: list # inputs
+
+    def plan(self, session):
+        rows, cols = _links(session.model, self.layer, self.rows, self.cols)
+        own = _layer(session.surgeon, self.layer)[1]
+        names = [f'{self.layer}.{n}'.strip('.') for n in session.model.get_submodule(self.layer)._parameters]
+        if own: return Plan(names, lambda s: s.run(dict(op='disconnect', layer=self.layer, rows=rows, cols=cols)), exact=False)
+        op = dict(op='entries', tensor=f'{self.layer}.weight'.strip('.'), rows=rows, cols=cols, value=torch.zeros(len(rows)))
+        return Plan(names[:1], lambda s: s.run(op), promise=[op])
+
+@method(edit)
+def connect(self, layer:str, rows, cols, values=None): # outputs, inputs, weights
+    "Add links"
+    return self.do(Connect(layer, rows, cols, values))
+
+@method(edit)
+def disconnect(self, layer:str, rows, cols): # outputs, inputs
+    "Remove links"
+    return self.do(Disconnect(layer, rows, cols))

@@ -7,7 +7,7 @@ __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_s
            'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'hidden_sizes',
            'differs', 'check', 'refuse']
 
-# %% ../nbs/07d_trial.ipynb #e79e87f0
+# %% ../nbs/07d_trial.ipynb #d4f423d1
 import contextlib, itertools, random
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ from .results import Table, generator, method
 from .surgery import Surgeon
 from .units import HardCodedShape, Indivisible, NotPreserved
 
-# %% ../nbs/07d_trial.ipynb #df0d9ea4
+# %% ../nbs/07d_trial.ipynb #3f703a5d
 def as_examples(
     examples, # a tensor, a tuple or dict of inputs, or a list of such
 )->list: # of (args, kwargs)
@@ -54,7 +54,7 @@ def _changed(value, fn):
         return type(value)(*inner) if hasattr(value, '_fields') else type(value)(inner)
     return value
 
-# %% ../nbs/07d_trial.ipynb #52cc75c8
+# %% ../nbs/07d_trial.ipynb #6c68f0a8
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
@@ -78,7 +78,7 @@ def full_precision():
     finally:
         for s, v in zip(spots, old, strict=True): s.fp32_precision = v
 
-# %% ../nbs/07d_trial.ipynb #0a079b14
+# %% ../nbs/07d_trial.ipynb #2741129c
 @contextlib.contextmanager
 def same_state(model):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
@@ -96,7 +96,7 @@ def same_state(model):
             for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
             m.__dict__.update(d)
 
-# %% ../nbs/07d_trial.ipynb #9c03ef48
+# %% ../nbs/07d_trial.ipynb #ae3d6d45
 @contextlib.contextmanager
 def quiet(
     model, # any module
@@ -114,7 +114,7 @@ def quiet(
         for m in model.modules(): m.training = branches and any(True for _ in m.children())
         yield model
 
-# %% ../nbs/07d_trial.ipynb #7e575fae
+# %% ../nbs/07d_trial.ipynb #c5c469e2
 def relative(
     new:list, # output tensors
     old:list, # the same before
@@ -142,14 +142,14 @@ def described(new, old):
     if shapes: return f'an output of shape {shapes[0][0]} instead of {shapes[0][1]}'
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
-# %% ../nbs/07d_trial.ipynb #ee155336
+# %% ../nbs/07d_trial.ipynb #d6e47b80
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
     seed=0,
 )->dict: # tensor -> contents to try the edit on, for those that need other contents
     "What to try an edit on where the real values would hide a mistake"
-    g, out, device = generator(seed, 'stand-ins'), {}, None
+    g, out = generator(seed, 'stand-ins'), {}
     stats = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in ('running_mean', 'running_var') and b is not None}
     for t in itertools.chain(model.parameters(), model.buffers()):
         if not t.is_floating_point(): continue
@@ -173,7 +173,7 @@ def standing_in(values):
     finally:
         for t, v, g in old: t.data = v; t.grad = g
 
-# %% ../nbs/07d_trial.ipynb #67feddfb
+# %% ../nbs/07d_trial.ipynb #d3fae817
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -208,7 +208,7 @@ class Trial:
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
-# %% ../nbs/07d_trial.ipynb #fbfb0d99
+# %% ../nbs/07d_trial.ipynb #b7e534ac
 _FLOOR = {torch.float64: 1000 * 2.3e-16, torch.float32: 1000 * 1.2e-7}
 
 @method(Trial)
@@ -245,7 +245,7 @@ def settle(self):
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
 
-# %% ../nbs/07d_trial.ipynb #dd830499
+# %% ../nbs/07d_trial.ipynb #856797e1
 @method(Trial)
 def steady(self):
     "Whether the branches of training can be run and give the same twice"
@@ -268,7 +268,7 @@ def promised(self,
         return self.outputs()
     finally: s.rollback()
 
-# %% ../nbs/07d_trial.ipynb #f3a35ec5
+# %% ../nbs/07d_trial.ipynb #0ae9b224
 def _values(m):
     "(attribute, value) of a module, where it is an int or a tuple of ints"
     user = not type(m).__module__.startswith('torch.nn')
@@ -301,7 +301,7 @@ def _tries(found, most=48):
     sets += [a + b for a, b in itertools.combinations(same, 2)] if len(names) > 2 else []
     return sets[:most]
 
-# %% ../nbs/07d_trial.ipynb #30d313f3
+# %% ../nbs/07d_trial.ipynb #f84ca852
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"
@@ -335,11 +335,11 @@ def check(self,
 @method(Trial)
 def refuse(self, wrong, names, sizes, error):
     "Raise what is wrong"
-    changed = ', '.join(f'{a} -> {b}' for a, b in sizes.items())
+    changed, at = ', '.join(f'{a} -> {b}' for a, b in sizes.items()) or 'none changed', names[0] if names else type(self.model).__name__
     if not isinstance(wrong, BaseException):
-        raise NotPreserved(f'{names[0]}: after the edit ({changed}) the examples gave {wrong}; tolerance {self.tol:.3g}. The units are '
+        raise NotPreserved(f'{at}: after the edit (sizes: {changed}) the examples gave {wrong}; tolerance {self.tol:.3g}. The units are '
                            'tied together in a way that the trace did not see; nothing was changed')
     where = f'{type(wrong).__name__}: {wrong}'
-    if 'divisible' in str(wrong): raise Indivisible(f'{names[0]}: sizes {changed} do not divide as the model needs: {where}') from wrong
-    raise HardCodedShape(f'{names[0]}: with sizes {changed} the model raised {where}. A number in its code still holds an old size: '
+    if 'divisible' in str(wrong): raise Indivisible(f'{at}: sizes {changed} do not divide as the model needs: {where}') from wrong
+    raise HardCodedShape(f'{at}: with sizes {changed} the model raised {where}. A number in its code still holds an old size: '
                          'take it from a tensor\'s shape, or keep it in an attribute of the module') from wrong
