@@ -182,6 +182,7 @@ def test_direction_of_health():
         assert (bad[0] < bad[1]) == (d == 'low') and ((bad >= 0) & (bad <= 1)).all()
     assert np.isnan(unhealth('weight_norms', [1., 2.])).all()
     assert unhealth('effective_rank', [5., 50.], [10, 100]).tolist() == [.25, .25]
+    assert unhealth('stable_rank', [2., 1.], [100, 100]).tolist() == [0, .25] == unhealth('effective_rank', [2., 1.]).tolist()
     assert np.isnan(unhealth('effective_rank', [math.nan, 4.])[0]) and unhealth('effective_rank', [math.nan, 4.])[1] == 0
     assert np.isnan(unhealth('effective_rank', [0., 0.])).all() or (unhealth('effective_rank', [0., 0.]) == 1).all()
 
