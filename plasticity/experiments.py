@@ -252,6 +252,8 @@ def read_run(
     return json.loads((folder/'config.json').read_text()), history, layers
 
 # %% ../nbs/21_experiments.ipynb #103bc273
+HEALTH = ('dead_fraction', 'duplicate_fraction', 'saturated_fraction', 'effective_rank', 'stable_rank', 'participation_ratio', 'rank_at',
+          'non_gaussianity')
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1f;background:#fff}
 img{max-width:100%}table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}pre{background:#f5f5f7;padding:1rem;overflow:auto}.wide{overflow-x:auto}'''
@@ -267,7 +269,7 @@ def write_report(
     folder # of a run
 ) -> Path: # report.html
     "One self-contained page about a run"
-    from plasticity.plots import picture, plot_health, plot_history
+    from plasticity.plots import picture, plot_health, plot_history, plot_layers
     config, history, layers = read_run(folder)
     title = f"{config['model']['name']} on {config['dataset']['name']}"
     parts = [f'<h1>{html.escape(title)}</h1>', f'<p>{html.escape(summary(history))}</p>']
@@ -275,7 +277,9 @@ def write_report(
     if history: show('Learning curves', plot_history(history), 'loss and accuracy over epochs, train and test')
     if layers:
         last = layers.where(step=layers[-1]['step'])
-        show('Health of the layers at the end', plot_health(last), 'layers by metrics')
+        show('Health of the layers at the end', plot_health([r for r in last if r['metric'] in HEALTH]), 'layers by metrics')
+        for m in ('effective_rank', 'dead_fraction'):
+            show(f"{m.replace('_', ' ').capitalize()} over time", plot_layers(layers, m), f'{m} by layer')
         parts.append(_html_table(last.pivot('layer', 'metric', 'value')))
     parts.append(f'<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>')
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -287,10 +291,12 @@ def summary(history) -> str:
     if not history: return 'Nothing was trained.'
     end, say = history[-1], lambda r: ', '.join(f'{k} {r[k]:.4g}' for k in ('loss', 'accuracy') if k in r)
     last = {s: next((r for r in reversed(history) if r.get('split') == s), None) for s in ('train', 'test')}
-    return f"{end['epoch']} epochs, {end['step']} steps. " + '; '.join(f'{s}: {say(r)}' for s, r in last.items() if r) + '.'
+    many = lambda n, what: f"{n} {what}{'' if n == 1 else 's'}"
+    return f"{many(end['epoch'], 'epoch')}, {many(end['step'], 'step')}. " + '; '.join(f'{s}: {say(r)}' for s, r in last.items() if r) + '.'
 
 # %% ../nbs/21_experiments.ipynb #92781144
-SHOWN = 'dead_fraction', 'duplicate_fraction', 'effective_rank', 'stable_rank', 'saturated_fraction'
+SHOWN = dict(dead_fraction='dead', duplicate_fraction='twins', effective_rank='eff. rank', stable_rank='stable rank',
+             saturated_fraction='saturated')
 
 def print_summary(folder):
     "The end of a run as tables in the terminal"
@@ -300,9 +306,11 @@ def print_summary(folder):
     console = Console()
     if layers:
         wide = layers.where(step=layers[-1]['step']).pivot('layer', 'metric', 'value')
-        keep = [c for c in ('layer', *SHOWN) if c in wide.columns]
-        t = RichTable(*keep, title='health of the layers')
-        for row in wide: t.add_row(*(f'{v:.3g}' if isinstance(v, float) else str(v) for v in (row.get(c, '') for c in keep)))
+        keep = [c for c in SHOWN if c in wide.columns]
+        t = RichTable(title='health of the layers')
+        t.add_column('layer', no_wrap=True)
+        for c in keep: t.add_column(SHOWN[c], justify='right')
+        for row in wide: t.add_row(row['layer'], *('' if row.get(c) is None else f'{row[c]:.3g}' for c in keep))
         console.print(t)
     console.print(summary(history))
     console.print(f'{folder}/report.html', soft_wrap=True)
