@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .monitors import LayerStats, Monitor, Watch, activation_bounds, new_stats, select, unit_axis, unwrap
+from .monitors import LayerStats, Monitor, Watch, activation_bounds, eager, new_stats, select, unit_axis, unwrap
 from .results import Table, did_you_mean, seeded
 
 # %% ../nbs/05_metrics.ipynb #bbcaeda9
@@ -672,16 +672,15 @@ def _applies(metric, d, s):
 def _probe_pass(model, x, y, layers, loss, rows, axis):
     "Records of one forward and backward pass in evaluation mode, gradients of the parameters; the model is left as it was"
     net = unwrap(model)
-    modes, kinds = [(m, m.training) for m in net.modules()], {}
+    modes = [(m, m.training) for m in net.modules()]
     def state(name, module, units, device):
-        kinds[name] = (type(module).__name__, activation_bounds(module))
         return new_stats(name, type(module).__name__, units, device, gram=False, bounds=activation_bounds(module))
-    w = Watch(select(model, layers), state, rows, y is not None, 1., axis)
+    w = Watch(select(model, layers), state, rows, y is not None, 1., axis, all_images=True)
     params = {k: p for k, p in net.named_parameters() if p.requires_grad}
     if y is not None and not params and x.is_floating_point(): x = x.detach().clone().requires_grad_()
     try:
         net.eval()
-        with seeded(0), torch.compiler.set_stance('force_eager'), torch.set_grad_enabled(y is not None):
+        with seeded(0), eager(), torch.set_grad_enabled(y is not None):
             w.open(net)
             out = net(x)
             w.close()
@@ -689,7 +688,7 @@ def _probe_pass(model, x, y, layers, loss, rows, axis):
     finally:
         w.close()
         for m, training in modes: m.training = training
-    return w.records, dict(zip(params, grads, strict=True)) if grads is not None and params else {}
+    return w.take(), dict(zip(params, grads, strict=True)) if grads is not None and params else {}
 
 def _summed_loss(loss, out, y):
     "The loss summed over the batch"
@@ -791,7 +790,7 @@ def _layer_norms(model, layers, grads, batch):
 def _fetch(cells, rank):
     "All values in one transfer, as rows; a layer that is not finite raises: the first for activations, the last for gradients"
     kind = torch.float32 if any(v.device.type == 'mps' for v, _, _ in cells) else torch.float64
-    values = iter(torch.cat([v.reshape(-1).to(kind) for v, _, _ in cells]).tolist() if cells else [])
+    values = iter(torch.cat([v.reshape(-1).to(cells[0][0].device, kind) for v, _, _ in cells]).tolist() if cells else [])
     table, bad = [], dict(activations=[], gradients=[])
     for _, row, head in cells:
         for h, v in zip(head, values, strict=False):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP', 'MOST_VALUES', 'SUMS', 'MOST_CALLS', 'FIELDS',
-           'unwrap', 'named_layers', 'select', 'unit_axis', 'row_stride', 'row_index', 'take_rows', 'grad_sums',
-           'unit_sums', 'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record', 'accumulate', 'record',
-           'stats_of', 'Watch', 'first_tensor', 'Monitor', 'attach', 'remove', 'before_fit', 'before_step',
-           'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
+           'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'row_stride', 'row_index', 'take_images',
+           'take_rows', 'grad_sums', 'unit_sums', 'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record',
+           'accumulate', 'record', 'stats_of', 'Watch', 'first_tensor', 'Monitor', 'attach', 'remove', 'before_fit',
+           'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
-import fnmatch, math
+import fnmatch, math, sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,10 @@ DEFAULT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, *ACTIVATIONS)
 def unwrap(model):
     "The module that `torch.compile` wrapped, or `model` itself"
     return getattr(model, '_orig_mod', model)
+
+def eager():
+    "Within, compiled code runs as it was written; nothing to do (and two seconds of import saved) where nothing is compiled"
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 
 def named_layers(model):
     "All submodules by name, without the wrappers of `torch.compile`; a model without submodules is its own only layer"
@@ -102,6 +107,11 @@ def row_index(shape, rows, device, cache=None):
     return idx
 
 # %% ../nbs/04_monitors.ipynb #6faedc81
+def take_images(h, rows=None):
+    "Evenly spread images of a map, all their positions: at most four million values, all images if `rows` is None"
+    images = len(h) if rows is None else max(1, min(len(h), MOST_VALUES // max(1, h[0].numel())))
+    return h[::-(-len(h) // images)]
+
 def take_rows(
     h, # activations, units on `axis`
     axis, # which axis runs over units
@@ -118,33 +128,34 @@ def take_rows(
 # %% ../nbs/04_monitors.ipynb #2a9a0642
 SUMS = ('sum', 'square', 'cube', 'fourth', 'abs', 'zeros', 'near', 'grad_n', 'grad_abs', 'grad_square', 'saturated', 'saturated_mean')
 
-def grad_sums(x, g, batch, threshold):
-    "Per unit, from rows x and their gradients g (layers, rows, units): what `SUMS` names from 'grad_n' on"
-    ok = g.isfinite().all(2, keepdim=True).all(1, keepdim=True).to(g.dtype)                  # (layers, 1, 1)
-    g = g.abs().nan_to_num(0., 0., 0.)
-    level = threshold * x.abs().mean(1, keepdim=True).clamp(min=1e-12)                        # (layers, 1, units)
-    rows = [torch.full_like(g[:, 0], g.shape[1]), g.sum(1)*batch, (g*g).sum(1)*batch**2, (g*batch < level).to(g.dtype).sum(1),
-            (g < level).to(g.dtype).sum(1)]
-    return torch.stack(rows, 1) * ok                                                         # (layers, 5, units)
+def grad_sums(g, mean, factor, scale, threshold):
+    "From gradients g (layers, rows, units) and mean |h| (layers, units): what `SUMS` names from 'grad_n' on"
+    a, level = g.abs(), threshold * mean.clamp(min=1e-12)[:, None]                       # (layers, 1, units)
+    rows = [torch.full_like(mean, g.shape[1]), a.sum(1) * (factor/scale), (g*g).sum(1) * (factor/scale)**2,
+            (a < level*(scale/factor)).sum(1, dtype=g.dtype), (a < level*scale).sum(1, dtype=g.dtype)]
+    ok = rows[2].isfinite().all(1)[:, None, None]                                        # an overflow shows in the squares
+    return torch.where(ok, torch.stack(rows, 1), 0.)                                     # (layers, 5, units)
 
 # %% ../nbs/04_monitors.ipynb #34d9e1a1
 def unit_sums(
     x, # rows (layers, rows, units), float64
+    a, # |x|
     g=None, # gradients of the loss with respect to x
-    batch=1, # multiplies g: batch size if the loss is a mean
+    batch=1., # multiplies g: batch size if the loss is a mean
+    scale=1., # divides g: number or tensor of a gradient scaler
     bounds=None, # (low, high) of a bounded activation
     zero=1e-7, # |h| below this counts as zero
     saturation=1e-4, # |g| / mean |h| below this counts as saturated
 )->torch.Tensor: # (layers, len(SUMS), units)
     "The sums of `SUMS` of several layers at once"
-    a, x2 = x.abs(), x*x
-    rows = [x.sum(1), x2.sum(1), (x2*x).sum(1), (x2*x2).sum(1), a.sum(1), (a < zero).to(x.dtype).sum(1)]
+    x2 = x*x
+    rows = [x.sum(1), x2.sum(1), (x2*x).sum(1), (x2*x2).sum(1), a.sum(1), (a < zero).sum(1, dtype=x.dtype)]
     if bounds is None: rows.append(torch.zeros_like(rows[0]))
     else:
-        low, high = bounds
-        rows.append(((x <= low + .05*(high-low)) | (x >= high - .05*(high-low))).to(x.dtype).sum(1))
+        low, high, edge = *bounds, .05 * (bounds[1] - bounds[0])
+        rows.append(((x <= low + edge) | (x >= high - edge)).sum(1, dtype=x.dtype))
     s = torch.stack(rows, 1)
-    tail = torch.zeros_like(s[:, :5]) if g is None else grad_sums(x, g, batch, saturation)
+    tail = torch.zeros_like(s[:, :5]) if g is None else grad_sums(g, rows[4] / x.shape[1], batch, scale, saturation)
     return torch.cat([s, tail], 1)
 
 # %% ../nbs/04_monitors.ipynb #83299954
@@ -242,15 +253,15 @@ def accumulate(records, scale=None):
         with torch.autocast(rs[0].x.device.type, enabled=False):
             x = torch.stack([r.x for r in rs]).to(f)                                     # (layers, rows, units)
             g = None if rs[0].g is None else torch.stack([r.g for r in rs]).to(f)
-            if g is not None and scale is not None: g = g / scale
-            sums = unit_sums(x, g, rs[0].batch, s.bounds, s.zero, s.saturation)
-            top = x.abs() if rs[0].top is None else torch.stack([r.top for r in rs]).to(f) # (layers, samples, units)
-            active = (x.shape[1] - sums[:, SUMS.index('zeros')]) if rs[0].top is None else (~(top < s.zero)).to(f).sum(1)
-            gram = None
-            if s.gram is not None:
-                part = x if s.gram_units is None else x[..., s.gram_units]
-                gram = part.mT @ part                                                    # (layers, k, k)
-        _add_in_place(rs, sums, active, top.amax(1), gram, top.shape[1])
+            a = x.abs()
+            sums = unit_sums(x, a, g, rs[0].batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation)
+            if rs[0].top is None: top, samples, active = a.amax(1), x.shape[1], x.shape[1] - sums[:, SUMS.index('zeros')]
+            else:
+                tops = torch.stack([r.top for r in rs]).to(f)                            # (layers, images, units)
+                top, samples, active = tops.amax(1), tops.shape[1], (~(tops < s.zero)).sum(1, dtype=f)
+            part = x if s.gram_units is None else x[..., s.gram_units]
+            gram = None if s.gram is None else part.mT @ part                            # (layers, k, k)
+        _add_in_place(rs, sums, active, top, gram, samples)
 
 # %% ../nbs/04_monitors.ipynb #dc10dcdc
 def _add_in_place(rs, sums, active, top, gram, samples):
@@ -267,12 +278,12 @@ def _add_in_place(rs, sums, active, top, gram, samples):
     if gram is not None: torch._foreach_add_([r.stats.gram for r in rs], list(gram))
 
 # %% ../nbs/04_monitors.ipynb #2796a8fa
-def record(stats, h, axis, rows=None, cache=None):
-    "A `Record` of activations `h` for `stats`; two kernels: rows, and for maps the largest |h| of each image"
+def record(stats, h, axis, rows=None, cache=None, all_images=False):
+    "A `Record` of activations `h` for `stats`: rows, and for maps the largest |h| of each image"
     d = h.detach()
     if d.dtype == torch.bool or not d.is_floating_point(): d = d.float()
     maps = axis == 1 and d.ndim > 2
-    top = torch.linalg.vector_norm(d, math.inf, dim=tuple(range(2, d.ndim))) if maps else None
+    top = take_images(d, None if all_images else rows).abs().amax(tuple(range(2, d.ndim))) if maps else None
     return Record(stats, take_rows(d, axis, rows, cache), top)
 
 def stats_of(
@@ -294,7 +305,8 @@ def stats_of(
 # %% ../nbs/04_monitors.ipynb #b33622c8
 class Watch:
     "Records of one forward (and backward) pass through chosen layers"
-    def __init__(self, layers, state, rows=1024, gradients=True, batch=None, axis=None, cache=None):
+    def __init__(self, layers, state, rows=1024, gradients=True, batch=None, axis=None, cache=None, all_images=False):
+        self.all_images, self.grad_handles = all_images, []
         self.layers, self.state, self.rows, self.gradients, self.batch = layers, state, rows, gradients, batch
         self.axis, self.cache, self.records, self.waiting, self.calls, self.handles = axis or {}, cache, [], 0, {}, []
         self.on_last = lambda: None # called when the last expected gradient has come
@@ -314,9 +326,12 @@ class Watch:
         for h in self.handles: h.remove()
         self.handles, self.closed = [], True
 
-    def drop(self):
-        "Forget what has not been added"
-        self.close(); self.records, self.waiting = [], 0
+    def take(self):
+        "The records, at the end of the step; no layer and no gradient will call any more"
+        self.close()
+        for h in self.grad_handles: h.remove()
+        records, self.records, self.grad_handles, self.waiting = self.records, [], [], 0
+        return records
 
 # %% ../nbs/04_monitors.ipynb #03e48f53
 MOST_CALLS = 8
@@ -349,7 +364,7 @@ def _hook(self, name):
         if h.ndim > 2: h._unit_axis = axis
         call = self.calls[name] = min(self.calls.get(name, 0) + 1, MOST_CALLS)
         stats = self.state(name if call == 1 else f'{name}:{call}', module, h.shape[axis - lone], h.device)
-        r = record(stats, _batched(module, h), axis, self.rows, self.cache)
+        r = record(stats, _batched(module, h), axis, self.rows, self.cache, self.all_images)
         self.records.append(r)
         if self.gradients and h.requires_grad: self._follow(r, h, axis, lone)
     return hook
@@ -358,14 +373,14 @@ def _hook(self, name):
 @method(Watch)
 def _follow(self, r, h, axis, lone):
     "Keep the gradient of the rows of record `r` when `backward` comes to them"
-    r.batch = float(self.batch or (1 if lone else h.shape[0]))
+    r.batch = 1. if lone else float(self.batch or h.shape[0])
     self.waiting += 1
     def grad(g):
         if r.g is not None or r not in self.records: return
         r.g = take_rows(g[None] if lone else g, axis, self.rows, self.cache)
         self.waiting -= 1
         if not self.waiting and self.closed: self.on_last()
-    h.register_hook(grad)
+    self.grad_handles.append(h.register_hook(grad))
 
 # %% ../nbs/04_monitors.ipynb #ec3a890b
 class Monitor:
@@ -398,7 +413,7 @@ class Monitor:
 
     def reset(self):
         "Forget all sums and start to count anew"
-        if self._watch is not None: self._watch.drop()
+        if self._watch is not None: self._watch.take()
         self._stats, self.step, self.measured, self.held, self._watch = {}, 0, 0, 0, None
 
 # %% ../nbs/04_monitors.ipynb #df5ce778
@@ -416,10 +431,10 @@ def _flush(self):
     "Add what the last measured pass left"
     w, self._watch = self._watch, None
     if w is None: return
-    w.close()
-    records, w.records = w.records, []
+    records = w.take()
     self.held = sum(t.numel() * t.element_size() for r in records for t in (r.x, r.top, r.g) if t is not None)
-    accumulate(records, self._loss_scale(records))
+    accumulate(records, self._loss_scale())
+    for r in records: r.x = r.top = r.g = None # a graph that is kept keeps the record
 
 @method(Monitor)
 def _factor(self, args, kwargs):
@@ -429,7 +444,7 @@ def _factor(self, args, kwargs):
     return self._batch or (x.shape[0] if x is not None and x.ndim > 1 else None)
 
 @method(Monitor)
-def _loss_scale(self, records):
+def _loss_scale(self):
     "What the gradients have to be divided by, without asking the device"
     s = self.scale
     if hasattr(s, 'get_scale'): s = (s._scale if getattr(s, '_scale', None) is not None else s.get_scale()) if s.is_enabled() else None
@@ -448,7 +463,7 @@ def _before(self, module, args, kwargs):
     self._watch = Watch(select(self.model, self.layers), self._state, self.rows, self.gradients and torch.is_grad_enabled(),
                         self._factor(args, kwargs), self.axis, self._cache)
     self._watch.on_last = self._flush
-    self._stance = torch.compiler.set_stance('force_eager')
+    self._stance = eager()
     self._stance.__enter__()
     self._watch.open(self.model)
 

@@ -112,7 +112,8 @@ def test_saturated_share_is_strict():
     close(saturated_fraction(h, g), 1/3); close(saturated_fraction(h, g, share=.98), 2/3)
     s = stats_of(h, g)
     close(saturated_fraction(s), 1/3)
-    assert saturated_fraction(torch.zeros(10, 2), torch.zeros(10, 2)) == 1 and saturated_fraction(torch.zeros(10, 2), torch.ones(10, 2)) == 0
+    zero = torch.zeros(10, 2)
+    assert saturated_fraction(zero, zero) == 1 and saturated_fraction(zero, torch.ones(10, 2)) == 0
 
 def test_saturated_range():
     h = torch.tensor([[.96, .5, -.95], [-.93, .99, -.2]]).repeat(100, 1)
@@ -163,7 +164,8 @@ def test_activation_similarity_across_networks():
 
 def shapes(n):
     g = generator(n, 'shapes')
-    x = torch.stack([torch.randn(n, generator=g), torch.rand(n, generator=g), torch.randn(n, generator=g).relu() + 1e-3*torch.randn(n, generator=g),
+    x = torch.stack([torch.randn(n, generator=g), torch.rand(n, generator=g),
+                     torch.randn(n, generator=g).relu() + 1e-3*torch.randn(n, generator=g),
                      torch.randn(n, generator=g).exp(), torch.randn(n, generator=g)*1e-6 + 1, torch.randn(n, generator=g)*1e8], 1).double()
     return torch.cat([x, torch.randn(n, 1, generator=g).relu().double() + torch.arange(n)[:, None] % 2], 1)
 
@@ -226,7 +228,8 @@ def lab(name, h, g=None, seed=0):
         k = name.removeprefix('joudaki').strip('_') or 'shapiro'
         if sd < 1e-6: v.append(1. if k in ('shapiro', 'ks') else 10.); continue
         v.append(dict(shapiro=lambda z: 1 - scipy.shapiro(z).statistic, ks=lambda z: scipy.kstest(z, 'norm').statistic,
-                      anderson=lambda z: min(anderson(z) / CRITICAL(len(z)), 10.), kurtosis=lambda z: min(abs(scipy.kurtosis(z)), 10.))[k](z))
+                      anderson=lambda z: min(anderson(z) / CRITICAL(len(z)), 10.),
+                      kurtosis=lambda z: min(abs(scipy.kurtosis(z)), 10.))[k](z))
     return torch.tensor(v).mean()
 
 def CRITICAL(n):
@@ -305,8 +308,8 @@ def test_duplicates_equal_corrcoef(seed, units):
 
 # --- edge cases
 
-@pytest.mark.parametrize('fn', [dead_fraction, duplicate_fraction, effective_rank, stable_rank, participation_ratio, rank_at, non_gaussianity,
-                                unit_stats, clone_r2, feature_alignment, activation_similarity])
+@pytest.mark.parametrize('fn', [dead_fraction, duplicate_fraction, effective_rank, stable_rank, participation_ratio, rank_at,
+                                non_gaussianity, unit_stats, clone_r2, feature_alignment, activation_similarity])
 def test_bad_input_raises(fn):
     for bad, word in [(float('nan'), 'h: NaN in 1 of 40 values'), (float('inf'), 'h: infinite values in 1 of 40')]:
         h = torch.ones(10, 4); h[3, 2] = bad
@@ -377,8 +380,8 @@ def test_norms():
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(.3), nn.Conv2d(8, 6, 3), nn.Tanh(),
-                         nn.Flatten(), nn.Linear(6*36, 3))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(.3), nn.Conv2d(8, 6, 3),
+                         nn.Tanh(), nn.Flatten(), nn.Linear(6*36, 3))
 
 def probe(n=32):
     g = generator(2)
@@ -415,8 +418,10 @@ def test_report_changes_nothing():
     rng = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     report(m, p)
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), m.state_dict().values(), strict=True))
-    assert all(torch.equal(a, q.grad) for a, q in zip(before[1], m.parameters(), strict=True)) and before[2] == [k.training for k in m.modules()]
-    assert torch.equal(rng[0], torch.get_rng_state()) and (rng[1] == np.random.get_state()[1]).all() and rng[2] == random.getstate()  # noqa: NPY002
+    assert all(torch.equal(a, q.grad) for a, q in zip(before[1], m.parameters(), strict=True))
+    assert before[2] == [k.training for k in m.modules()]
+    assert torch.equal(rng[0], torch.get_rng_state()) and rng[2] == random.getstate()
+    assert (rng[1] == np.random.get_state()[1]).all()  # noqa: NPY002
     assert all(not k._forward_hooks for k in m.modules())
 
 def test_report_of_a_broken_network():
@@ -432,8 +437,10 @@ def test_report_of_a_broken_network():
 
 def test_report_options():
     m, p = net(), probe()
-    r = report(m, p, layers=nn.ReLU, definitions={'dead_fraction': ['zero', 'dormant'], 'rank_at': None}, options={'dead_fraction': dict(share=.5)})
-    assert {(k['metric'], k['definition']) for k in r if k['metric'] in METRICS} == {('dead_fraction', 'zero'), ('dead_fraction', 'dormant'), ('rank_at', 'sum')}
+    some = {'dead_fraction': ['zero', 'dormant'], 'rank_at': None}
+    r = report(m, p, layers=nn.ReLU, definitions=some, options={'dead_fraction': dict(share=.5)})
+    got = {(k['metric'], k['definition']) for k in r if k['metric'] in METRICS}
+    assert got == {('dead_fraction', 'zero'), ('dead_fraction', 'dormant'), ('rank_at', 'sum')}
     assert r[0]['thresholds'].startswith('share 0.5')
     assert {k['metric'] for k in report(m, p, definitions=['rank_at']) if k['metric'] in METRICS} == {'rank_at'}
     assert 'saturated_fraction' not in report(m, p[0]).column('metric')
@@ -487,17 +494,20 @@ def test_trainability():
     kw = dict(make_model=make, steps=20, every=5, device='cpu', lr=1e-2, batch_size=32)
     a, b = trainability(m, data, **kw), trainability(m, data, **kw)
     assert a.value == b.value == float(a) and a.aged == b.aged and a.fresh.column('step') == [5, 10, 15, 20]
-    assert all(torch.equal(p, q) for p, q in zip(before.values(), m.state_dict().values(), strict=True)) and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(p, q) for p, q in zip(before.values(), m.state_dict().values(), strict=True))
+    assert torch.equal(rng, torch.get_rng_state())
     assert a.difference[0]['accuracy'] == a.aged[0]['accuracy'] - a.fresh[0]['accuracy']
     same = fresh_copy(m, 0)
     close(trainability(same, data, **(kw | dict(make_model=None))).value, 0, 0)
-    with pytest.raises(ValueError, match='make_model'): trainability(m, data, make_model=lambda: MLP(data.shape, data.num_classes, hidden_sizes=(8,)))
+    small = lambda: MLP(data.shape, data.num_classes, hidden_sizes=(8,))
+    with pytest.raises(ValueError, match='make_model'): trainability(m, data, make_model=small)
     assert trainability(m, data, epochs=1, device='cpu', split='test').split == 'test'
 
 def test_fresh_copy():
     m = net(); m(probe()[0])
     f = fresh_copy(m, 5)
-    assert not torch.equal(f[0].weight, m[0].weight) and f[1].num_batches_tracked == 0 and torch.equal(fresh_copy(m, 5)[0].weight, f[0].weight)
+    assert not torch.equal(f[0].weight, m[0].weight) and f[1].num_batches_tracked == 0
+    assert torch.equal(fresh_copy(m, 5)[0].weight, f[0].weight)
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match='scale anew; pass make_model'): fresh_copy(Odd())

@@ -1,5 +1,5 @@
 "Edge cases of the monitors: what a notebook page would not show"
-import copy, random
+import copy, random, weakref
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from plasticity.monitors import (LayerStats, Monitor, SUMS, MOST_VALUES, activation_bounds, row_index, row_stride, select, stats_of, take_rows,
-                                 unit_axis)
+from plasticity.monitors import (LayerStats, Monitor, SUMS, MOST_VALUES, activation_bounds, row_index, row_stride, select, stats_of,
+                                 take_rows, unit_axis)
 from plasticity.results import generator
 
 torch.set_num_threads(1)
@@ -32,7 +32,8 @@ def run(net, x, y, steps=4, monitor=None, opt=None):
         loss = nn.functional.cross_entropy(net(x), y)
         opt.zero_grad(); loss.backward(); opt.step()
         grads.append([p.grad.clone() for p in net.parameters()])
-    return dict(state=net.state_dict(), grads=grads, torch=torch.get_rng_state(), numpy=np.random.get_state()[1], python=random.getstate())  # noqa: NPY002
+    return dict(state=net.state_dict(), grads=grads, torch=torch.get_rng_state(), python=random.getstate(),
+                numpy=np.random.get_state()[1])  # noqa: NPY002
 
 def same(a, b):
     assert all(torch.equal(a['state'][k], b['state'][k]) for k in a['state'])
@@ -147,6 +148,13 @@ def test_nothing_is_kept_after_the_step():
         loss.backward()
         assert m._watch is None
     assert m.held > 0 and 'more during a measured step' in repr(m)
+    with Monitor(net, '1', every=1) as m:       # also when the graph is kept
+        loss = net(torch.randn(9, 6)).sum()
+        rows = weakref.ref(m._watch.records[0].x)
+        loss.backward(retain_graph=True)
+        assert rows() is None
+        loss.backward()
+    assert m['1'].grad_n[0] == 9
 
 def test_memory_is_bounded():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -294,7 +302,8 @@ def test_select():
     with pytest.raises(ValueError, match='no conv, linear or activation'): select(nn.Sequential(nn.Flatten()))
 
 def test_wrong_arguments():
-    for kw, word in [(dict(every=0), 'every'), (dict(every=1.5), 'every'), (dict(rows=0), 'rows'), (dict(loss_reduction='men'), 'loss_reduction')]:
+    for kw, word in [(dict(every=0), 'every'), (dict(every=1.5), 'every'), (dict(rows=0), 'rows'),
+                     (dict(loss_reduction='men'), 'loss_reduction')]:
         with pytest.raises(ValueError, match=word): Monitor(mlp(), **kw)
     with Monitor(net := mlp()) as m, pytest.raises(RuntimeError, match='attached'): m.attach()
     assert hooks(net) == 0
