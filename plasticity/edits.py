@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'STARTS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 'tried', 'attempt', 'EditRecord', 'copied',
-           'regrouped', 'filled', 'Widen', 'widen', 'Clone', 'clone', 'Prune', 'prune', 'Reset', 'reset', 'to_json',
-           'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect', 'Disconnect', 'connect', 'disconnect']
+           'regrouped', 'filled', 'Widen', 'widen', 'best_values', 'signed', 'slopes', 'Clone', 'clone', 'Prune',
+           'prune', 'Reset', 'reset', 'to_json', 'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect',
+           'Disconnect', 'connect', 'disconnect']
 
-# %% ../nbs/08_edits.ipynb #eac89a75
+# %% ../nbs/08_edits.ipynb #d126d6b2
 import hashlib, json
 from dataclasses import dataclass, field, fields
 
@@ -17,13 +18,13 @@ from torch import nn
 
 import plasticity.units
 from .results import Table, did_you_mean, generator, method, write_atomic
-from .starts import follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread
+from .starts import chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread
 from .depth import TwinAttention, deeper, twin_attention
 from .surgery import Surgeon, find, newcomers, no_waiting_graph, operation, owner, set_data, unwrapped, write
-from .trial import Trial, as_examples
+from .trial import Trial, as_examples, quiet
 from .units import EditError, LastUnits, units
 
-# %% ../nbs/08_edits.ipynb #cfa36034
+# %% ../nbs/08_edits.ipynb #e224b057
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -73,7 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/08_edits.ipynb #c6b3b2ef
+# %% ../nbs/08_edits.ipynb #4093fbf9
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -102,7 +103,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/08_edits.ipynb #4bf7fc48
+# %% ../nbs/08_edits.ipynb #8e756fb7
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -133,7 +134,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/08_edits.ipynb #7afb3a40
+# %% ../nbs/08_edits.ipynb #e6bb4ddb
 @method(edit)
 def do(self,
     edit, # an Edit
@@ -181,7 +182,7 @@ def attempt(self, surgeon, plan):
     plan.run(surgeon); surgeon.keep_sizes(plan.names)
     return self.trial.check(surgeon, promised, plan.names, plan.sizes, plan.exact)
 
-# %% ../nbs/08_edits.ipynb #d5233bd8
+# %% ../nbs/08_edits.ipynb #7c2be9ac
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -228,7 +229,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/08_edits.ipynb #c33235b6
+# %% ../nbs/08_edits.ipynb #5f2d801a
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -248,7 +249,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #4df4a325
+# %% ../nbs/08_edits.ipynb #73780dda
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -290,7 +291,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #576ba5c5
+# %% ../nbs/08_edits.ipynb #8619fbb1
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -315,7 +316,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #c0bda707
+# %% ../nbs/08_edits.ipynb #3bdb4b6a
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #54a9399d
+# %% ../nbs/08_edits.ipynb #b3ea5dc7
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -362,14 +363,14 @@ def _noised(plan, g, maps, model, copies, noise, seed):
 def _begun(plan, edit, session, g, maps, copies):
     "The plan with new units that are no copies"
     at, model = _newest(maps, session.model, copies), session.model
-    values = {} if edit.start == 'zero' else session.directions(edit, g, maps, at)
+    values = {} if edit.start == 'zero' else session.best_values(edit, g, maps, at)
     def run(s):
         for t, d in maps: s.run(dict(op='take', tensor=t, dim=d, order=spread(maps[t, d], find(model, t).shape[d], copies)[0]))
         filled(s, g, at, edit.seed, values=values)
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #ccc37328
+# %% ../nbs/08_edits.ipynb #57382056
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -379,7 +380,56 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #7a4da6bb
+# %% ../nbs/08_edits.ipynb #19cf18bd
+@method(edit)
+def best_values(self,
+    edit, # a Widen
+    g, # its group
+    maps, # its positions
+    at, # (tensor, dim) -> positions of the new units
+): # (tensor, dim) -> values for these positions
+    "Values of new units in closed form, as long as the weights that are there"
+    model = self.model
+    made, read = chain(g, maps, model)
+    alpha, omega, _ = directions(model, made, read, self.data, self.loss, edit.k, edit.start)
+    w = find(model, made).data
+    rows = alpha.view(edit.k, *w.shape[1:]) * w.double().flatten(1).norm(dim=1).mean()
+    still = {(t, d): torch.zeros(1) for t, d in maps if t.endswith('bias') and find(model, t).dim() == 1 and t.rpartition('.')[0] == made.rpartition('.')[0]}
+    inward = {(made, 0): rows.to(w)} | still
+    if edit.start == 'tiny': return self.signed(edit, g, maps, at, inward, made)
+    outward = {(made, 0): torch.zeros(1)} | still
+    for n, u in zip(read, omega, strict=True):
+        r = find(model, n).data
+        cols = u.view(r.shape[0], *r.shape[2:], edit.k).movedim(-1, 1)
+        outward[n, 1] = (cols * r.double().transpose(0, 1).flatten(1).norm(dim=1).mean()).to(r)
+    if self.slopes(edit, g, maps, at, outward, [(made, 0)]).abs().max() > 0: return outward
+    return self.signed(edit, g, maps, at, inward, made)
+
+@method(edit)
+def signed(self, edit, g, maps, at, inward, made):
+    "Incoming directions with the sign that gives the outgoing weights the larger gradient"
+    keys = [k for k in maps if k in g.consumers]
+    plus = self.slopes(edit, g, maps, at, inward, keys)
+    minus = self.slopes(edit, g, maps, at, inward | {(made, 0): -inward[made, 0]}, keys)
+    sign = torch.where(minus > plus, -1., 1.).to(inward[made, 0])
+    return inward | {(made, 0): inward[made, 0] * sign.view(-1, *[1] * (inward[made, 0].dim() - 1))}
+
+@method(edit)
+def slopes(self, edit, g, maps, at, values, keys): # gradient norm of each new unit at these places (k,)
+    s, model = Surgeon(self.model), self.model
+    copies = sources(maps[keys[0]].shape[0], edit.k, edit.source, edit.seed)
+    try:
+        for t, d in maps: s.run(dict(op='take', tensor=t, dim=d, order=spread(maps[t, d], find(model, t).shape[d], copies)[0]))
+        filled(s, g, at, edit.seed, values=values)
+        s.keep_sizes(g.tensors)
+        (args, kwargs), = as_examples(self.data[0])
+        with quiet(model), torch.enable_grad():
+            value = self.loss(model(*args, **kwargs), self.data[1])
+            grads = torch.autograd.grad(value, [find(model, t) for t, _ in keys])
+        return sum(v.index_select(d, at[t, d].to(v.device)).movedim(d, 0).flatten(1).square().sum(1) for v, (t, d) in zip(grads, keys, strict=True)).sqrt()
+    finally: s.rollback()
+
+# %% ../nbs/08_edits.ipynb #fad7893d
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -418,7 +468,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #4f6578c6
+# %% ../nbs/08_edits.ipynb #179ef5f1
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -460,7 +510,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #8e13fda1
+# %% ../nbs/08_edits.ipynb #e547e2d8
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -508,7 +558,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #4a670e11
+# %% ../nbs/08_edits.ipynb #21430036
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -548,7 +598,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/08_edits.ipynb #0aae3fec
+# %% ../nbs/08_edits.ipynb #c80a630c
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order
@@ -576,7 +626,7 @@ def replay(
     edits = [e for r in (record if isinstance(record, (list, tuple)) else [record]) for e in r.edits]
     return EditRecord(edits, s.ops, s.undo)
 
-# %% ../nbs/08_edits.ipynb #88905101
+# %% ../nbs/08_edits.ipynb #ce12265d
 @dataclass(frozen=True)
 class Deepen(Edit):
     "Insert a layer behind a module; the function stays"
@@ -605,7 +655,7 @@ def deepen(self,
     "Insert a layer; the function stays"
     return self.do(Deepen(at, **options))
 
-# %% ../nbs/08_edits.ipynb #5aaa10b3
+# %% ../nbs/08_edits.ipynb #11cee9ae
 def _layer(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -644,7 +694,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/08_edits.ipynb #46fe79aa
+# %% ../nbs/08_edits.ipynb #651fd915
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
@@ -673,7 +723,7 @@ def _row_peak(slot, rows):
     "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
     return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
 
-# %% ../nbs/08_edits.ipynb #64335bf1
+# %% ../nbs/08_edits.ipynb #7ab570c8
 def _links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)
