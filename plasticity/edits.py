@@ -8,7 +8,7 @@ __all__ = ['EDITS', 'STARTS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 't
            'prune', 'Reset', 'reset', 'to_json', 'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect',
            'Disconnect', 'connect', 'disconnect']
 
-# %% ../nbs/08_edits.ipynb #d126d6b2
+# %% ../nbs/08_edits.ipynb #0ddac15a
 import hashlib, json
 from dataclasses import dataclass, field, fields
 
@@ -24,7 +24,7 @@ from .surgery import Surgeon, find, newcomers, no_waiting_graph, operation, owne
 from .trial import Trial, as_examples, quiet
 from .units import EditError, LastUnits, units
 
-# %% ../nbs/08_edits.ipynb #e224b057
+# %% ../nbs/08_edits.ipynb #a7cac810
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -74,7 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/08_edits.ipynb #4093fbf9
+# %% ../nbs/08_edits.ipynb #32162b82
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -103,7 +103,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/08_edits.ipynb #8e756fb7
+# %% ../nbs/08_edits.ipynb #892fc7fe
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -134,7 +134,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/08_edits.ipynb #e6bb4ddb
+# %% ../nbs/08_edits.ipynb #aa94cf7e
 @method(edit)
 def do(self,
     edit, # an Edit
@@ -182,7 +182,7 @@ def attempt(self, surgeon, plan):
     plan.run(surgeon); surgeon.keep_sizes(plan.names)
     return self.trial.check(surgeon, promised, plan.names, plan.sizes, plan.exact)
 
-# %% ../nbs/08_edits.ipynb #7c2be9ac
+# %% ../nbs/08_edits.ipynb #7dea5253
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -229,7 +229,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/08_edits.ipynb #5f2d801a
+# %% ../nbs/08_edits.ipynb #0523106f
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -249,7 +249,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #73780dda
+# %% ../nbs/08_edits.ipynb #4f9a9ab7
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -291,7 +291,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #8619fbb1
+# %% ../nbs/08_edits.ipynb #b49ba191
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -316,7 +316,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #3bdb4b6a
+# %% ../nbs/08_edits.ipynb #e5068f40
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #b3ea5dc7
+# %% ../nbs/08_edits.ipynb #08f34714
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -370,7 +370,7 @@ def _begun(plan, edit, session, g, maps, copies):
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #57382056
+# %% ../nbs/08_edits.ipynb #b886c23d
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -380,7 +380,7 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #19cf18bd
+# %% ../nbs/08_edits.ipynb #3f545329
 @method(edit)
 def best_values(self,
     edit, # a Widen
@@ -429,7 +429,7 @@ def slopes(self, edit, g, maps, at, values, keys): # gradient norm of each new u
         return sum(v.index_select(d, at[t, d].to(v.device)).movedim(d, 0).flatten(1).square().sum(1) for v, (t, d) in zip(grads, keys, strict=True)).sqrt()
     finally: s.rollback()
 
-# %% ../nbs/08_edits.ipynb #fad7893d
+# %% ../nbs/08_edits.ipynb #34e85028
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -468,7 +468,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #179ef5f1
+# %% ../nbs/08_edits.ipynb #3db0e8a0
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -510,7 +510,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #e547e2d8
+# %% ../nbs/08_edits.ipynb #0b7cc632
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -558,7 +558,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #21430036
+# %% ../nbs/08_edits.ipynb #24c8cf8d
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -598,7 +598,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/08_edits.ipynb #c80a630c
+# %% ../nbs/08_edits.ipynb #df8b3807
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order
@@ -626,7 +626,7 @@ def replay(
     edits = [e for r in (record if isinstance(record, (list, tuple)) else [record]) for e in r.edits]
     return EditRecord(edits, s.ops, s.undo)
 
-# %% ../nbs/08_edits.ipynb #ce12265d
+# %% ../nbs/08_edits.ipynb #0dcb58f2
 @dataclass(frozen=True)
 class Deepen(Edit):
     "Insert a layer behind a module; the function stays"
@@ -655,7 +655,7 @@ def deepen(self,
     "Insert a layer; the function stays"
     return self.do(Deepen(at, **options))
 
-# %% ../nbs/08_edits.ipynb #11cee9ae
+# %% ../nbs/08_edits.ipynb #6cc1f578
 def _layer(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -694,7 +694,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/08_edits.ipynb #651fd915
+# %% ../nbs/08_edits.ipynb #7b202154
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
@@ -723,7 +723,7 @@ def _row_peak(slot, rows):
     "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
     return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
 
-# %% ../nbs/08_edits.ipynb #7ab570c8
+# %% ../nbs/08_edits.ipynb #ed09026c
 def _links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)

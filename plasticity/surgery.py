@@ -7,7 +7,7 @@ __all__ = ['MOMENTS', 'OPS', 'KEPT', 'owner', 'find', 'unwrapped', 'set_data', '
            'Surgeon', 'slots', 'states', 'say', 'take', 'put', 'write', 'scale', 'unscale', 'newcomers', 'store',
            'mark', 'rollback', 'run', 'operation', 'kept_sizes', 'keep_sizes']
 
-# %% ../nbs/07c_surgery.ipynb #aa601727
+# %% ../nbs/07c_surgery.ipynb #712f8e14
 import gc, warnings
 from collections import OrderedDict
 
@@ -18,7 +18,7 @@ from torch import nn
 from .results import Table, did_you_mean, method
 from .units import LiveGraph, WrappedModel
 
-# %% ../nbs/07c_surgery.ipynb #f16deab9
+# %% ../nbs/07c_surgery.ipynb #711f27bd
 def owner(
     model, # any module
     name:str, # of a parameter or buffer, 'layers.0.weight'
@@ -39,7 +39,7 @@ def find(
     t = module._parameters.get(leaf)
     return t if t is not None else module._buffers.get(leaf)
 
-# %% ../nbs/07c_surgery.ipynb #6ff3c547
+# %% ../nbs/07c_surgery.ipynb #31fca086
 _COPIED = dict(DistributedDataParallel='edit `wrapped.module` after deleting the wrapper, then wrap it again (every rank with the same seed)',
                FullyShardedDataParallel='edit the model before it is sharded', FSDPModule='edit the model before it is sharded',
                ScriptModule='edit the Python model, then script it again', GraphModuleInference='edit the model it was exported from')
@@ -56,18 +56,20 @@ def unwrapped(
     if hasattr(model, '_orig_mod'): return unwrapped(model._orig_mod)
     return unwrapped(model.module) if isinstance(model, nn.DataParallel) else model
 
-# %% ../nbs/07c_surgery.ipynb #a36bce97
+# %% ../nbs/07c_surgery.ipynb #a710db97
 def set_data(
     t, # a parameter or buffer
     new, # its new contents, any shape
 ):
-    "New contents for the same tensor object; its gradient goes, and so does the memory of its old shape"
+    "New contents for the same tensor object; the memory of its old shape goes, and a gradient that no longer fits"
+    grad = t.grad if t.is_leaf else None
     if t.requires_grad and t.is_leaf:
         t.grad = None
         t.data = new.new_empty(0, dtype=torch.float32 if new.dtype == torch.float16 else torch.float16)
     t.data = new
+    if grad is not None and grad.shape == new.shape and grad.dtype == new.dtype: t.grad = grad
 
-# %% ../nbs/07c_surgery.ipynb #e0efc85e
+# %% ../nbs/07c_surgery.ipynb #8c3c6456
 def held(
     t, # a parameter
 )->bool:
@@ -94,7 +96,7 @@ def _waiting(root, marked):
         if state != 'freed': stack += [n for n, _ in node.next_functions]
     return hit and ('kept' in states or 'freed' not in states)
 
-# %% ../nbs/07c_surgery.ipynb #fcf4e88e
+# %% ../nbs/07c_surgery.ipynb #3c3922f7
 def no_waiting_graph(
     named:dict, # name -> parameter to be changed
 ):
@@ -112,7 +114,7 @@ def no_waiting_graph(
     raise LiveGraph(f'{next(iter(names))}: an autograd graph that has not been used holds {len(names)} of the parameters to change '
                     '(a loss or output kept from before, or a wrapper such as DDP); call backward on it, detach it or delete it first')
 
-# %% ../nbs/07c_surgery.ipynb #3aa8acbf
+# %% ../nbs/07c_surgery.ipynb #41e6a74a
 _ADAM = dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'peak'), max_exp_avg_sq=(2, 'peak'))
 MOMENTS = dict( # optimizer -> state -> (power of the outgoing share, what a unit without a past gets)
     SGD=dict(momentum_buffer=(1, 'zero')), Muon=dict(momentum_buffer=(1, 'zero')),
@@ -129,7 +131,7 @@ def moments(
     "What the states of this optimizer mean"
     return next((MOMENTS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in MOMENTS), None)
 
-# %% ../nbs/07c_surgery.ipynb #46eaa5d9
+# %% ../nbs/07c_surgery.ipynb #5c2e13f1
 class Slot:
     "One tensor that has the places of a parameter"
     def __init__(self,
@@ -139,11 +141,14 @@ class Slot:
         power=0, # of the outgoing share, 'value' for what is scaled like weights
         fresh='zero', # what a unit without a past gets: 'zero', 'like', 'peak', 'crawl', a multiple of the peak, a setting's name
         settings=None, # the parameter group
-    ): self.path, self.tensor, self.put, self.power, self.fresh, self.settings = path, tensor, put, power, fresh, settings
+        param=None, # the parameter itself, for its values
+    ):
+        self.path, self.tensor, self.put, self.power = path, tensor, put, power
+        self.fresh, self.settings, self.param = fresh, settings, param
 
     def __repr__(self): return f'{self.path} {tuple(self.tensor.shape)}'
 
-# %% ../nbs/07c_surgery.ipynb #fde2316a
+# %% ../nbs/07c_surgery.ipynb #989960bd
 class Surgeon:
     "Changes tensors of a model with all that follows them, and keeps what going back needs"
     def __init__(self,
@@ -168,7 +173,7 @@ class Surgeon:
 
     def __repr__(self): return f'Surgeon({type(self.model).__name__}, {len(self.optimizers)} optimizers, {len(self.ema)} followers)'
 
-# %% ../nbs/07c_surgery.ipynb #877ee588
+# %% ../nbs/07c_surgery.ipynb #236497d6
 @method(Surgeon)
 def slots(self,
     name:str, # of a parameter or buffer
@@ -176,7 +181,7 @@ def slots(self,
     "Everything that has the places of this tensor"
     t = find(self.model, name)
     if t is None: raise KeyError(f'{name}: no such tensor in {type(self.model).__name__}')
-    out = [Slot('value', t.data, lambda new: set_data(t, new), 'value', 'like')]
+    out = [Slot('value', t.data, lambda new: set_data(t, new), 'value', 'like', param=t)]
     for i, f in enumerate(self.ema):
         e = find(f, name)
         if e is not None: out.append(Slot(f'ema{i}', e.data, lambda new, e=e: set_data(e, new), 'value', 'like'))
@@ -205,7 +210,7 @@ def say(self, optimizer, key, value, fits):
     done = 'indexed like its parameter, not rescaled' if fits else 'left as it is'
     warnings.warn(f'{name[0]}: its state {key!r} is {done}; add {name[0]} to plasticity.surgery.MOMENTS to say what it means', stacklevel=2)
 
-# %% ../nbs/07c_surgery.ipynb #8a5adff2
+# %% ../nbs/07c_surgery.ipynb #0247d4b0
 def _along(v, t, dim):
     "A vector shaped to multiply `t` along `dim`"
     return v.to(t.device).view([-1 if i == dim % t.dim() else 1 for i in range(t.dim())])
@@ -234,7 +239,7 @@ def write(t, dim, at, values):
     if not isinstance(values, torch.Tensor): return t.index_fill(dim, at, values)
     return t.index_copy(dim, at, values.to(t).expand([len(at) if i == dim % t.dim() else s for i, s in enumerate(t.shape)]))
 
-# %% ../nbs/07c_surgery.ipynb #da5cf5c4
+# %% ../nbs/07c_surgery.ipynb #5dac1f17
 def _times(part, by, dim, power, invert=False):
     "`part` times (or divided by) `by`, in at least float32"
     wide = part.dtype if part.dtype in (torch.float32, torch.float64) or not part.is_floating_point() else torch.float32
@@ -253,7 +258,7 @@ def unscale(t, dim, at, by, old, power=1):
     same = now == _times(old, by, dim, power)
     return write(t, dim, at, torch.where(same, old, _times(now, by, dim, power, True)))
 
-# %% ../nbs/07c_surgery.ipynb #3b5a3592
+# %% ../nbs/07c_surgery.ipynb #af79fa72
 def newcomers(
     t, # the state, new positions included
     dim:int, # the units' dimension
@@ -272,13 +277,15 @@ def newcomers(
     if rule == 'crawl': peak = peak * (.25 / peak.clamp(min=.0025)).clamp(min=1)
     return write(t, dim, at, peak * rule if isinstance(rule, float) else peak)
 
-# %% ../nbs/07c_surgery.ipynb #d47c7a3b
+# %% ../nbs/07c_surgery.ipynb #1dcfb4c9
 @method(Surgeon)
 def store(self, slots, news):
     "Put new tensors into slots; `rollback` puts the old ones back"
-    old = [(s, s.tensor) for s in slots]
+    old = [(s, s.tensor, s.param.grad if s.param is not None and s.param.is_leaf else None) for s in slots]
     def back():
-        for s, v in old: s.put(v)
+        for s, v, grad in old:
+            s.put(v)
+            if s.param is not None and s.param.is_leaf: s.param.grad = grad
     self.journal.append(back)
     for s, v in zip(slots, news, strict=True): s.put(v)
 
@@ -303,7 +310,7 @@ def run(self, op:dict):
 
 OPS = {} # name -> function of a surgeon and the operation's fields that returns the inverse operations
 
-# %% ../nbs/07c_surgery.ipynb #9bb62db9
+# %% ../nbs/07c_surgery.ipynb #28a659f0
 def operation(fn):
     "Decorator: a function of a surgeon is an operation"
     OPS[fn.__name__.strip('_')] = fn
@@ -342,7 +349,7 @@ def _no_past(slot, dim, at):
     both = newcomers(torch.cat([t, empty], dim), dim, torch.arange(t.shape[dim], t.shape[dim] + len(at)), slot.fresh, slot.settings)
     return both.narrow(dim, t.shape[dim], len(at))
 
-# %% ../nbs/07c_surgery.ipynb #746c3b90
+# %% ../nbs/07c_surgery.ipynb #af27adf5
 def _powers(slots, target):
     "Slots that a scaling concerns, with the power of each"
     if target == 'value': return [(s, 1) for s in slots if s.power == 'value']
@@ -367,7 +374,7 @@ def _unscale(self, tensor, dim, at, by, target='value', values=()):
     self.store([s for s, _ in chosen], [unscale(s.tensor, dim, at, by, dict(values).get(s.path), p) for s, p in chosen])
     return [dict(op='scale', tensor=tensor, dim=dim, at=at, by=by, target=target)]
 
-# %% ../nbs/07c_surgery.ipynb #e3fe5503
+# %% ../nbs/07c_surgery.ipynb #b5b05083
 def _aside(slots, dim, at):
     "What the slots hold at these positions"
     return {s.path: take(s.tensor, dim, at) for s in slots if s.path != 'grad'}
@@ -387,7 +394,7 @@ def _fresh(self, tensor, dim, at, rule=None, new=False):
     self.store(slots, [newcomers(s.tensor, dim, at, rule or s.fresh, s.settings) for s in slots])
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
-# %% ../nbs/07c_surgery.ipynb #9492bb91
+# %% ../nbs/07c_surgery.ipynb #887858ee
 def _conv(m):
     w, out = m.weight, {}
     if m.transposed: return dict(in_channels=w.shape[0], out_channels=w.shape[1] * m.groups)
@@ -417,7 +424,7 @@ def _attention(m):
     e, same = m.out_proj.weight.shape[0], m._qkv_same_embed_dim
     return dict(embed_dim=e, head_dim=e // m.num_heads) | (dict(kdim=e, vdim=e) if same else {})
 
-# %% ../nbs/07c_surgery.ipynb #e0a9623c
+# %% ../nbs/07c_surgery.ipynb #47dbc611
 KEPT = [ # (module class, what its attributes have to be)
     (nn.Linear, lambda m: dict(out_features=m.weight.shape[0], in_features=m.weight.shape[1])),
     (nn.Bilinear, lambda m: dict(out_features=m.weight.shape[0], in1_features=m.weight.shape[1], in2_features=m.weight.shape[2])),
@@ -435,7 +442,7 @@ def kept_sizes(
     "The attributes of a PyTorch module that repeat a tensor's shape"
     return next((f(module) for cls, f in KEPT if isinstance(module, cls)), {})
 
-# %% ../nbs/07c_surgery.ipynb #a7cf1d47
+# %% ../nbs/07c_surgery.ipynb #a7be1649
 @operation
 def _attr(self, module, name, value, old=None):
     inverse = []
