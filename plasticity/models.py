@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NORMS', 'MODELS', 'RESNETS', 'activation', 'gain', 'draw_weight', 'norm_groups', 'TokenBatchNorm',
            'TokenGroupNorm', 'TokenInstanceNorm', 'normalization', 'register_model', 'Model', 'num_parameters', 'MLP',
-           'CNN', 'branch_scale', 'Residual', 'ResNet', 'Attention', 'Block', 'default_patch', 'ViT', 'make_model',
-           'flops']
+           'CNN', 'branch_scale', 'Residual', 'resnet_plan', 'ResNet', 'Attention', 'Block', 'default_patch', 'ViT',
+           'make_model', 'flops']
 
 # %% ../nbs/02_models.ipynb #13fee4d4
 import inspect, math, operator
@@ -381,6 +381,15 @@ def residual_block(p, n_in, n, block, stride, positions, branches, zero_init):
 RESNETS = {10: ('basic', (1, 1, 1, 1)), 18: ('basic', (2, 2, 2, 2)), 34: ('basic', (3, 4, 6, 3)), 50: ('bottleneck', (3, 4, 6, 3)),
            101: ('bottleneck', (3, 4, 23, 3)), 152: ('bottleneck', (3, 8, 36, 3))}
 
+def resnet_plan(depth, block, blocks, channels):
+    "Kind of block, blocks and channels of each stage"
+    one_of('depth', depth, RESNETS)
+    block, blocks = block or RESNETS[depth][0], as_ints('blocks', blocks or RESNETS[depth][1])
+    one_of('block', block, ('basic', 'bottleneck'))
+    if not hasattr(channels, '__iter__'): channels = [as_ints('channels', channels)[0] * 2**i for i in range(len(blocks))]
+    return block, blocks, as_ints('channels', channels, len(blocks))
+
+# %% ../nbs/02_models.ipynb #9de38631
 @register_model('resnet')
 class ResNet(Model):
     "Residual network of 18 layers or another depth, for small or large images"
@@ -404,11 +413,8 @@ class ResNet(Model):
     ):
         super().__init__(locals())
         c, *size = image_shape(in_shape, 'a ResNet')
-        one_of('depth', depth, RESNETS); one_of('stem', stem, ('auto', 'cifar', 'imagenet')); one_of('head_pool', head_pool, ('avg', 'max'))
-        block, blocks = block or RESNETS[depth][0], as_ints('blocks', blocks or RESNETS[depth][1])
-        one_of('block', block, ('basic', 'bottleneck'))
-        n_stages, first = len(blocks), None if hasattr(channels, '__iter__') else as_ints('channels', channels)[0]
-        channels = as_ints('channels', [first * 2**i for i in range(n_stages)] if first else channels, n_stages)
+        one_of('stem', stem, ('auto', 'cifar', 'imagenet')); one_of('head_pool', head_pool, ('avg', 'max'))
+        block, blocks, channels = resnet_plan(depth, block, blocks, channels)
         p = Parts(activation, normalization, norm_after_activation, norm_affine, norm_groups, dropout, bias)
         large = stem == 'imagenet' or stem == 'auto' and min(size) >= 128
         size = conv_size(size, 7, 2) if large else size
@@ -497,6 +503,21 @@ def default_patch(
     both = [p for p in range(2, 17) if height % p == 0 and width % p == 0 and height * width // p**2 >= 4]
     return min(both, key=lambda p: abs(math.log(height * width / p**2 / 64)), default=1)
 
+# %% ../nbs/02_models.ipynb #7026d6ef
+def vit_sizes(m):
+    "The present sizes of a ViT, one number for all blocks where they agree"
+    def same(v): return v[0] if len(set(v)) == 1 else v
+    heads, hidden = zip(*((b.attn.num_heads, b.mlp.fc1.weight.shape[0]) for b in m.blocks), strict=True)
+    return dict(patch_size=tuple(m.patch.weight.shape[2:]), embed_dim=m.patch.weight.shape[0], depth=len(m.blocks),
+                num_heads=same(heads), mlp_hidden=same(hidden))
+
+def patch_shape(size, patch_size):
+    "(height, width) of a patch, which has to divide the image"
+    patch = as_ints('patch_size', default_patch(*size) if patch_size is None else patch_size, 2)
+    if any(s % k for s, k in zip(size, patch, strict=True)):
+        raise ValueError(f'patch_size: got {patch}, takes one that divides the image {tuple(size)}')
+    return patch
+
 # %% ../nbs/02_models.ipynb #d2539214
 @register_model('vit')
 class ViT(Model):
@@ -525,32 +546,22 @@ class ViT(Model):
         super().__init__(locals())
         c, *size = image_shape(in_shape, 'a ViT')
         one_of('head_pool', head_pool, ('cls', 'avg', 'max')); fraction('attention_dropout', attention_dropout)
-        for k, v in dict(embed_dim=embed_dim, num_heads=num_heads, depth=depth, head_dim=1 if head_dim is None else head_dim).items():
-            as_ints(k, v, 1)
-        patch = as_ints('patch_size', default_patch(*size) if patch_size is None else patch_size, 2)
-        if any(s % k for s, k in zip(size, patch, strict=True)):
-            raise ValueError(f'patch_size: got {patch}, takes one that divides the image {tuple(size)}')
+        for k in ('embed_dim', 'num_heads', 'depth') + (('head_dim',) if head_dim is not None else ()): as_ints(k, self.spec[k], 1)
         if not mlp_ratio > 0: raise ValueError(f'mlp_ratio: got {mlp_ratio!r}, takes a positive number')
+        patch, self.head_pool, hidden = patch_shape(size, patch_size), head_pool, max(1, round(embed_dim * mlp_ratio))
         p = Parts(activation, normalization, norm_after_activation, norm_affine, norm_groups, dropout, bias)
         check_pooled(p, embed_dim, head_pool, True)
         tokens = math.prod(s // k for s, k in zip(size, patch, strict=True)) + (head_pool == 'cls')
-        self.head_pool, hidden = head_pool, max(1, round(embed_dim * mlp_ratio))
         self.patch = p.start(nn.Conv2d(c, embed_dim, patch, patch, bias=p.has_bias(False)), 'input')
         self.cls = nn.Parameter(torch.randn(1, 1, embed_dim) * .02) if head_pool == 'cls' else None
         self.pos = nn.Parameter(torch.randn(1, tokens, embed_dim) * .02)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*[vit_block(p, embed_dim, hidden, num_heads, head_dim, fused_qkv, attention_dropout, tokens,
-                                                (2 * depth)**-.5, zero_init) for _ in range(depth)])
+        given = (embed_dim, hidden, num_heads, head_dim, fused_qkv, attention_dropout, tokens, (2 * depth)**-.5, zero_init)
+        self.blocks = nn.Sequential(*[vit_block(p, *given) for _ in range(depth)])
         self.norm = p.norm(embed_dim, 'token', tokens)
         self.head = p.linear(embed_dim, num_classes, 'input', then_norm=False)
 
-    def sizes(self):
-        heads = tuple(b.attn.num_heads for b in self.blocks)
-        hidden = tuple(b.mlp.fc1.weight.shape[0] for b in self.blocks)
-        def same(v): return v[0] if len(set(v)) == 1 else v
-        return dict(patch_size=tuple(self.patch.weight.shape[2:]), embed_dim=self.patch.weight.shape[0], depth=len(self.blocks),
-                    num_heads=same(heads), mlp_hidden=same(hidden))
-
+    def sizes(self): return vit_sizes(self)
     def forward(self, x): # (batch, channels, height, width)
         x = self.patch(x).flatten(2).transpose(1, 2)  # (batch, tokens, embed_dim)
         if self.cls is not None: x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
