@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from plasticity.data import get_data
+from plasticity.member_optimizers import MemberAdam, MemberAdamW, MemberSGD, clip_members, hashed_normal, mix
 from plasticity.models import CNN, MLP
-from plasticity.population import (MemberAdam, MemberAdamW, MemberSGD, Population, PopulationTrainer, Step, clip_members, hashed_normal,
-                                   mix, own_orders)
+from plasticity.population import Population, PopulationTrainer, Step, own_orders
 from plasticity.results import seeded
 from plasticity.training import Callback, NoisySGD, Trainer
 
