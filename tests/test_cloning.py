@@ -1,14 +1,16 @@
 "Cloning: exact for every model, norm and factor; what stays on the manifold and what leaves it"
-import copy
+import copy, json
 
 import pytest
 import torch
 from torch import nn
 
-from plasticity.cloning import clone
+from plasticity.cloning import Expand, Until, clone, cloning, compare, deviation, scatter
+from plasticity.data import get_data
 from plasticity.edits import EditRecord, replay
 from plasticity.metrics import clone_r2
 from plasticity.models import make_model
+from plasticity.training import Callback, NoisySGD, Trainer
 from plasticity.units import EditError
 
 torch.set_num_threads(1)
@@ -150,3 +152,161 @@ def test_r2_of_perfect_clones():
     hs = {k: h for k, h in hooked(net, x, False).items() if k in c.layers}
     assert all(clone_r2(h, c.layers[k]) > 1 - 1e-12 for k, h in hs.items()) and clone_r2(hs, c.layers) > 1 - 1e-12
     assert clone_r2(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), 2).abs() < .05
+
+OPTIMIZERS = dict(sgd=lambda p: torch.optim.SGD(p, .05), momentum=lambda p: torch.optim.SGD(p, .05, momentum=.9),
+                  decay=lambda p: torch.optim.SGD(p, .05, weight_decay=.01), adam=lambda p: torch.optim.Adam(p, 1e-3),
+                  rmsprop=lambda p: torch.optim.RMSprop(p, 1e-3), adam_l2=lambda p: torch.optim.Adam(p, 1e-2, weight_decay=.01))
+
+def trained(kind, factor, optimizer, steps, norm='none', name='mlp', seed=0, **options):
+    "Deviation from the manifold after every so many steps of full-batch training"
+    net = shaken(name, norm, seed, **options)
+    c, g = scatter(clone(net, factor), kind), torch.Generator().manual_seed(seed)
+    x, y, opt, out = images(n=16), torch.randint(0, 5, (16,), generator=g), optimizer(net.parameters()), {0: deviation(c, kind)}
+    net.train()
+    for i in range(max(steps)):
+        opt.zero_grad(); nn.functional.cross_entropy(net(x), y).backward(); opt.step()
+        if i + 1 in steps: out[i + 1] = deviation(c, kind)
+    return out
+
+@pytest.mark.parametrize('name', [k for k in OPTIMIZERS])
+@pytest.mark.parametrize('norm', ['none', 'batch'])
+def test_copies_stay(name, norm):
+    assert trained('block', 2, OPTIMIZERS[name], [300], norm)[300] < 1e-10
+
+@pytest.mark.parametrize('name, norm', [('cnn', 'batch'), ('resnet', 'batch'), ('vit', 'layer')])
+@pytest.mark.parametrize('how', ['sgd', 'adam'])
+def test_copies_stay_elsewhere(name, norm, how):
+    assert trained('block', 2, OPTIMIZERS[how], [8], norm, name)[8] < 1e-12
+
+def test_equitable_starts():
+    "Row and column sums stay without any weight being constant in its block; what leaves is L2 inside of Adam"
+    for how in OPTIMIZERS:
+        out = trained('both', 3, OPTIMIZERS[how], [1, 20])
+        assert out[0] < 1e-12 and (out[1] > 1e-5 if how == 'adam_l2' else out[20] < 1e-12), (how, out)
+    c = scatter(clone(shaken('mlp', 'none'), 3), 'both')
+    assert deviation(c, 'block') > .1 and deviation(c, 'both') < 1e-12
+    for kind in ('row', 'column'):
+        out = trained(kind, 3, OPTIMIZERS['sgd'], [1])
+        assert out[0] < 1e-12 and out[1] > 1e-6
+
+@pytest.mark.parametrize('name, norm', [('mlp', 'layer'), ('cnn', 'batch'), ('resnet', 'group'), ('vit', 'layer')])
+def test_row_equitable_keeps_the_function(name, norm):
+    base, x = shaken(name, norm), images()
+    for kind in ('row', 'both'):
+        net = copy.deepcopy(base)
+        c = scatter(clone(net, 3), kind, size=1.)
+        assert difference(net, base, x) < 1e-11 and deviation(c, 'block') > .01 and deviation(c, 'row') < 1e-11
+
+def test_ways_out():
+    "One noisy step or dropout leaves; no noise is SGD bit for bit"
+    for how in (dict(noise=.01), dict(noise=.01, per='element'), dict(noise=.01, noise_decay=0.)):
+        torch.manual_seed(0)
+        assert trained('block', 2, lambda p, how=how: NoisySGD(p, .05, **how), [1])[1] > 1e-6
+    torch.manual_seed(0)
+    assert trained('block', 2, OPTIMIZERS['sgd'], [1], dropout=.2)[1] > 1e-6
+    nets = [shaken('mlp', 'batch') for _ in range(2)]
+    for net, opt in zip(nets, (lambda p: NoisySGD(p, .05, noise=0.), OPTIMIZERS['sgd']), strict=True):
+        clone(net, 2)
+        opt, x, y = opt(net.parameters()), images(n=8), torch.arange(8) % 5
+        for _ in range(20): opt.zero_grad(); nn.functional.cross_entropy(net(x), y).backward(); opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+def test_starts_are_checked():
+    c = clone(shaken('mlp', 'none'), 2)
+    for f in (scatter, deviation):
+        with pytest.raises(ValueError, match='kind'): f(c, 'diagonal')
+
+# Expand: base and clone side by side
+
+def small_data(): return get_data('digits').subset(train=129, test=64)
+
+def trainer(callbacks, name='mlp', **options):
+    data = small_data()
+    net = make_model(name, data.shape, 10, seed=0, **SMALL[name] | options.pop('model', dict(normalization='batch')))
+    return Trainer(net, data, device='cpu', callbacks=callbacks, batch_size=32, **dict(optimizer='sgd', lr=.05) | options)
+
+class Seen(Callback):
+    def __init__(self): self.xs = []
+    def before_step(self, t): self.xs.append(t.x.clone())
+
+def test_same_batches():
+    "Base and clone get the same batches in the same order, augmented ones too"
+    seen, own, e = Seen(), Seen(), Expand([1], probe=16)
+    t = trainer([e, own], augment=['rotation'])
+    t.fit(1)
+    e.base.callbacks.append(seen)
+    own.xs.clear()
+    t.fit(2)
+    assert len(seen.xs) == len(own.xs) == 2*t.n_batches and all(torch.equal(a, b) for a, b in zip(seen.xs, own.xs, strict=True))
+
+@pytest.mark.parametrize('options', [dict(), dict(optimizer='adam', lr=1e-3, schedule='cosine'), dict(model=dict(dropout=.1), momentum=.9)])
+def test_base_is_unbroken(options):
+    "The twin is what the network would have become, bit for bit"
+    e = Expand([1, 3], probe=16)
+    t, alone = trainer([e], **copy.deepcopy(options)).fit(4), trainer([], **copy.deepcopy(options)).fit(4)
+    assert all(torch.equal(a, b) for a, b in zip(e.base.model.state_dict().values(), alone.model.state_dict().values(), strict=True))
+    assert t.model.sizes()['hidden_sizes'] == (24, 32) and e.base.epoch == t.epoch == 4
+
+def test_measuring_changes_nothing():
+    nets = [trainer([Expand([1], probe=n, track_base=b)], optimizer='noisy_sgd').fit(3).model for n, b in ((32, True), (0, False))]
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True))
+
+def test_noise_starts_again():
+    e = Expand([2], probe=0)
+    t = trainer([e], optimizer='noisy_sgd', noise=.01, noise_decay=.5).fit(2)
+    assert t.optimizer.param_groups[0]['noise'] == e.base.optimizer.param_groups[0]['noise'] == .01
+
+def test_expand_at_once():
+    "Before the first step"
+    e = Expand([0], factor=3, probe=16)
+    t = trainer([e]).fit(1)
+    assert t.model.sizes()['hidden_sizes'] == (18, 24) and [r['epoch'] for r in e.rows.where(layer='all', metric='clone_r2')] == [0, 1]
+
+def test_compare():
+    data = small_data()
+    net = make_model('vit', data.shape, 10, seed=0, embed_dim=8, depth=1, num_heads=2)
+    base, c = copy.deepcopy(net), clone(net, 2)
+    table = compare(c, base, data.probe(32))
+    assert {r['layer'] for r in table} >= {'blocks.0.attn.q', 'blocks.0.mlp.act', 'patch', 'all'} and 'head' not in table.column('layer')
+    ones = table.where(metric='clone_r2') + table.where(metric='backward_clone_r2') + table.where(metric='activation_similarity')
+    assert all(abs(r['value'] - 1) < 1e-5 for r in ones)
+    assert all(p.grad is None for p in net.parameters()) and not net.head._forward_hooks
+    with pytest.raises(ValueError, match='layers'): compare(c, base, data.probe(32), layers='head')
+
+class Experiment:
+    "What `cloning` asks of an experiment"
+    def __init__(self, folder, resume=None):
+        self.folder, self.config, self.dry = folder, dict(resume=resume), False
+        self.data = small_data()
+        self.model = make_model('mlp', self.data.shape, 10, seed=0, hidden_sizes=(6, 6), normalization='batch', dropout=.1)
+    def options(self, group): return dict(metrics_frequency=1, probe=32)
+    def epochs(self, n): return n
+    def trainer(self, **options):
+        from plasticity.training import Checkpoint
+        return Trainer(self.model, self.data, optimizer='noisy_sgd', lr=.05, momentum=.9, device='cpu',
+                       callbacks=[Checkpoint(self.folder), *getattr(self, 'more', [])], **options)
+
+class Stop(Callback):
+    "Breaks off a run"
+    order = 200
+    def __init__(self, step): self.at = step
+    def after_step(self, trainer): trainer._interrupted |= trainer.step == self.at
+
+def test_command(tmp_path, monkeypatch):
+    options = dict(initial_epochs=1, epochs_per_expansion=2, num_expansions=2, batch_size=32, no_augment=True)
+    whole = cloning(Experiment(tmp_path/'whole'), **options)
+    assert whole.epoch == 5 and whole.model.sizes()['hidden_sizes'] == (24, 24)
+    rows = [json.loads(line) for line in (tmp_path/'whole'/'cloning.jsonl').read_text().splitlines()]
+    assert [(r['epoch'], r['expansions']) for r in rows if r['layer'] == 'all' and r['metric'] == 'clone_r2'] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    for stop in (2, 4, 6, 9, 17, 'base'):
+        e = Experiment(tmp_path/f'{stop}')
+        e.more = [Stop(stop)]
+        with monkeypatch.context() as m:
+            if stop == 'base': m.setattr(Until, 'after_step', lambda self, trainer: setattr(trainer, '_interrupted', trainer.step == 11))
+            with pytest.raises(KeyboardInterrupt): cloning(e, **options)
+        e = Experiment(tmp_path/f'{stop}', resume=str(tmp_path/f'{stop}'))
+        e.more = [Stop(-1)]
+        t = cloning(e, **options)
+        for a, b in zip(whole.model.state_dict().values(), t.model.state_dict().values(), strict=True): assert torch.equal(a, b), stop
+        again = [json.loads(line) for line in (tmp_path/f'{stop}'/'cloning.jsonl').read_text().splitlines()]
+        assert again == rows, stop
