@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .monitors import LayerStats, Monitor, Watch, activation_bounds, eager, new_stats, select, unit_axis, unwrap
+from .monitors import LayerStats, Monitor, Watch, activation_bounds, eager, first_tensor, new_stats, select, unit_axis, unwrap
 from .results import Table, did_you_mean, seeded
 
 # %% ../nbs/05_metrics.ipynb #bbcaeda9
@@ -693,7 +693,10 @@ def _probe_pass(model, x, y, layers, loss, rows, axis):
 def _summed_loss(loss, out, y):
     "The loss summed over the batch"
     if loss is not None: return loss(out, y) * len(y)
-    if y.is_floating_point(): return F.mse_loss(out, y) * len(y)
+    out = first_tensor(out)
+    if y.is_floating_point():
+        if out.numel() != y.numel(): raise ValueError(f'probe: y has shape {tuple(y.shape)}, the output {tuple(out.shape)}; pass loss=')
+        return F.mse_loss(out, y.reshape(out.shape)) * len(y)
     return F.cross_entropy(out, y, reduction='sum') if out.ndim == 2 else F.cross_entropy(out.flatten(0, -2), y.flatten()) * len(y)
 
 # %% ../nbs/05_metrics.ipynb #af399d27

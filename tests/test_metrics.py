@@ -364,6 +364,24 @@ def test_large_mean():
     c = torch.cov(h.T)
     close(participation_ratio(h), c.trace()**2 / (c**2).sum()); assert duplicate_fraction(h) == 0
 
+def test_state_over_some_units():
+    h = normal(300, 40).relu(); h[:, 20] = h[:, 0]
+    s = stats_of(h, max_units=20)                   # every second unit
+    close(effective_rank(s), effective_rank(h[:, ::2])); close(participation_ratio(s), participation_ratio(h[:, ::2]))
+    assert duplicate_fraction(s) == 2/20 and dead_fraction(s) == 0 and unit_stats(s)['mean'].shape == (40,)
+    close(clone_r2(s, torch.arange(40) // 4), clone_r2(h[:, ::2], torch.arange(20) // 2))
+
+def test_monitor_saturation_of_both_kinds():
+    net = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
+    x = normal(50, 6).float() * torch.logspace(0, 3, 50)[:, None]
+    with Monitor(net, '0', every=1) as m: net(x).square().mean().backward()
+    h = net[0](x).detach().requires_grad_()
+    g, = torch.autograd.grad(net[1:](h).square().mean(), h)
+    for share in (.2, .4, .6):
+        close(saturated_fraction(m['0'], share=share), saturated_fraction(h, g*50, share=share))
+        close(saturated_fraction(m['0'], definition='joudaki', share=share), saturated_fraction(h, g, 'joudaki', share=share))
+    assert saturated_fraction(h, g, 'joudaki', share=.4) > 0
+
 # --- parameters
 
 def test_norms():
@@ -405,7 +423,7 @@ def test_report_equals_the_functions():
     close(r.where(layer='0', metric='weight_norm')[0]['value'], m[0].weight.norm().item())
     nn.functional.cross_entropy(m(x), y).backward()
     close(r.where(layer='4', metric='grad_norm')[0]['value'], m[4].weight.grad.norm(), 1e-5)
-    close(r.where(layer='2', metric='unit_mean')[0]['value'], h.mean(), 1e-5)
+    close(r.where(layer='2', metric='unit_mean')[0]['value'], h.detach().mean(), 1e-5)
     assert r.where(layer='2', metric='dead_fraction', definition='zero')[0]['n'] == 32
     assert r.where(layer='2', metric='effective_rank', definition='singular')[0]['n'] == 32*64
     assert r.where(layer='2', metric='dead_fraction', definition='zero')[0]['thresholds'] == 'share 0.95, zero 1e-07'
@@ -451,7 +469,13 @@ def test_report_options():
     def smooth(o, t): return nn.functional.cross_entropy(o, t, label_smoothing=.1)
     report(m, p, loss=smooth)
     reg = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1))
-    assert report(reg, (torch.randn(20, 4), torch.randn(20, 1))).where(layer='1', metric='saturated_fraction')
+    x, t = normal(20, 4).float(), normal(20, seed=1).float()
+    assert list(report(reg, (x, t[:, None]))) == list(report(reg, (x, t)))
+    assert report(reg, (x, t)).where(layer='1', metric='saturated_fraction')
+    with pytest.raises(ValueError, match='pass loss='): report(reg, (x, normal(20, 2)))
+    class Pair(nn.Sequential):
+        def forward(self, x): return super().forward(x), None
+    assert report(Pair(*reg), (x, t)).column('value') == report(reg, (x, t)).column('value')
 
 def test_report_of_frozen_and_compiled_networks():
     m, p = net(), probe()
