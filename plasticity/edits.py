@@ -8,7 +8,7 @@ __all__ = ['EDITS', 'STARTS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 't
            'prune', 'Reset', 'reset', 'to_json', 'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect',
            'Disconnect', 'connect', 'disconnect']
 
-# %% ../nbs/08_edits.ipynb #0ddac15a
+# %% ../nbs/08_edits.ipynb #9f8602c4
 import hashlib, json
 from dataclasses import dataclass, field, fields
 
@@ -21,10 +21,10 @@ from .results import Table, did_you_mean, generator, method, write_atomic
 from .starts import chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread
 from .depth import TwinAttention, deeper, twin_attention
 from .surgery import Surgeon, find, newcomers, no_waiting_graph, operation, owner, set_data, unwrapped, write
-from .trial import Trial, as_examples, quiet
+from .trial import as_examples, quiet, trial_of
 from .units import EditError, LastUnits, units
 
-# %% ../nbs/08_edits.ipynb #a7cac810
+# %% ../nbs/08_edits.ipynb #78c4da62
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -74,7 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/08_edits.ipynb #32162b82
+# %% ../nbs/08_edits.ipynb #d86c8449
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -90,7 +90,7 @@ class edit:
     ):
         self.model, self.surgeon = unwrapped(model), Surgeon(model, optimizer, ema)
         self.examples, self.check, self.data, self.loss, self.rules = examples, check, data, loss, rules
-        self.trial = Trial(self.model, examples, tol) if check else None
+        self.trial, self.tol = None, tol
         self.base, self.now, self.log, self.record = None, {}, [], None
         if examples is None: as_examples(None)
 
@@ -103,7 +103,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/08_edits.ipynb #892fc7fe
+# %% ../nbs/08_edits.ipynb #74463af3
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -134,7 +134,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/08_edits.ipynb #aa94cf7e
+# %% ../nbs/08_edits.ipynb #984b3bd2
 @method(edit)
 def do(self,
     edit, # an Edit
@@ -151,9 +151,10 @@ def do(self,
     except BaseException:
         self.surgeon.rollback(mark)
         raise
+    tol = self.trial.tol if self.check else None
     if plan.moved: plan.moved()
     after = {n: list(t.shape) for n in plan.names if (t := find(self.model, n)) is not None}
-    self.log.append(dict(edit=edit.to_json(), error=error, tol=self.trial.tol if self.check else None, before=before, after=after, **plan.info))
+    self.log.append(dict(edit=edit.to_json(), error=error, tol=tol, before=before, after=after, **plan.info))
     return self
 
 @method(edit)
@@ -162,7 +163,7 @@ def tried(self, plan):
     if not self.check:
         plan.run(self.surgeon); self.surgeon.keep_sizes(plan.names)
         return None
-    trial = self.trial if self.trial.settled else self.trial.settle()
+    trial = self.trial = self.trial or trial_of(self.model, self.examples, self.tol)
     if not trial.blind: return self.attempt(self.surgeon, plan)
     rehearsal = Surgeon(self.model)
     rehearsal.dtype = trial.dtype
@@ -182,7 +183,7 @@ def attempt(self, surgeon, plan):
     plan.run(surgeon); surgeon.keep_sizes(plan.names)
     return self.trial.check(surgeon, promised, plan.names, plan.sizes, plan.exact)
 
-# %% ../nbs/08_edits.ipynb #7dea5253
+# %% ../nbs/08_edits.ipynb #9deed115
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -229,7 +230,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/08_edits.ipynb #0523106f
+# %% ../nbs/08_edits.ipynb #7ee77e7e
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -249,7 +250,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #4f9a9ab7
+# %% ../nbs/08_edits.ipynb #2e2b44db
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -291,7 +292,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #b49ba191
+# %% ../nbs/08_edits.ipynb #3ffa2148
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -316,7 +317,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #e5068f40
+# %% ../nbs/08_edits.ipynb #8ce8e934
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #08f34714
+# %% ../nbs/08_edits.ipynb #3a08a8b2
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -370,7 +371,7 @@ def _begun(plan, edit, session, g, maps, copies):
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #b886c23d
+# %% ../nbs/08_edits.ipynb #f840aba1
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -380,7 +381,7 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #3f545329
+# %% ../nbs/08_edits.ipynb #312c81c7
 @method(edit)
 def best_values(self,
     edit, # a Widen
@@ -429,7 +430,7 @@ def slopes(self, edit, g, maps, at, values, keys): # gradient norm of each new u
         return sum(v.index_select(d, at[t, d].to(v.device)).movedim(d, 0).flatten(1).square().sum(1) for v, (t, d) in zip(grads, keys, strict=True)).sqrt()
     finally: s.rollback()
 
-# %% ../nbs/08_edits.ipynb #34e85028
+# %% ../nbs/08_edits.ipynb #52546e45
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -468,7 +469,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #3db0e8a0
+# %% ../nbs/08_edits.ipynb #ca531316
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -510,7 +511,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #0b7cc632
+# %% ../nbs/08_edits.ipynb #7a7ff45c
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -558,7 +559,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #24c8cf8d
+# %% ../nbs/08_edits.ipynb #339c357f
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -598,7 +599,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/08_edits.ipynb #df8b3807
+# %% ../nbs/08_edits.ipynb #d6e3eab2
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order
@@ -626,7 +627,7 @@ def replay(
     edits = [e for r in (record if isinstance(record, (list, tuple)) else [record]) for e in r.edits]
     return EditRecord(edits, s.ops, s.undo)
 
-# %% ../nbs/08_edits.ipynb #0dcb58f2
+# %% ../nbs/08_edits.ipynb #933dc7cf
 @dataclass(frozen=True)
 class Deepen(Edit):
     "Insert a layer behind a module; the function stays"
@@ -644,7 +645,7 @@ class Deepen(Edit):
             s.run(op)
             n = getattr(top, 'num_layers', None)
             if isinstance(top, (nn.TransformerEncoder, nn.TransformerDecoder)): s.run(dict(op='attr', module=box, name='num_layers', value=n + 1, old=n))
-        def moved(): session.base = None
+        def moved(): session.base = session.trial = None
         return Plan([], run, moved=moved, info=dict(inserted=f"{op['parent']}.{op['name']}".strip('.'), kind=op['spec']['kind']))
 
 @method(edit)
@@ -655,7 +656,7 @@ def deepen(self,
     "Insert a layer; the function stays"
     return self.do(Deepen(at, **options))
 
-# %% ../nbs/08_edits.ipynb #6cc1f578
+# %% ../nbs/08_edits.ipynb #0bee6757
 def _layer(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -694,7 +695,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/08_edits.ipynb #7b202154
+# %% ../nbs/08_edits.ipynb #4712e21c
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
@@ -723,7 +724,7 @@ def _row_peak(slot, rows):
     "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
     return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
 
-# %% ../nbs/08_edits.ipynb #ed09026c
+# %% ../nbs/08_edits.ipynb #e24f10bd
 def _links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)
