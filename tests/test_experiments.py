@@ -24,7 +24,7 @@ def test_a_run_leaves_its_folder(tmp_path):
     assert config['training']['seed'] == 7 and config['model']['name'] == 'mlp' and config['dryrun'] is True
     assert {r['split'] for r in history} == {'train', 'test'} and 'dead_fraction' in set(layers.column('metric'))
     page = (folder/'report.html').read_text()
-    assert page.count('src="data:image/') == 2 and 'http' not in page.replace('http://www.w3.org', '')
+    assert page.count('src="data:image/') == 4 and 'http' not in page.replace('http://www.w3.org', '')
 
 @pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
 def test_every_model_on_small_images(model, tmp_path, monkeypatch):
@@ -103,6 +103,24 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     assert p.returncode == 130 and 'go on with: plasticity resume=' in err and 'Traceback' not in err
     done = json.loads((tmp_path/'r'/'metrics.jsonl').read_text().splitlines()[-1])['epoch']
     assert 0 < done < 3000
+
+def test_continual(tmp_path):
+    words = 'training=continual', 'task.tasks=3', 'training.epochs_per_task=2', 'logging.progress=false', 'model.hidden_sizes=[8]'
+    folder = run(*words, 'metrics.metrics_frequency=0', 'optimizer.reinit_optimizer=true', folder=tmp_path/'r', quick=())
+    tasks = json.loads((folder/'tasks.json').read_text())
+    assert len(tasks['matrix']) == 3 and ex.read_run(folder)[1][-1]['epoch'] == 6 and 'average_accuracy' in tasks['summary']
+    with pytest.raises(ex.ConfigError, match='classes'): run(*words, 'task.classes_per_task=7', folder=tmp_path/'s', quick=())
+
+@pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
+def test_cloning(model, tmp_path):
+    folder = run(f'model={model}', 'training=cloning', 'metrics.metrics_frequency=0', folder=tmp_path/model)
+    assert ex.read_run(folder)[0]['training']['expansion_factor'] == 2 and (folder/'checkpoint.json').exists()
+
+def test_presets(tmp_path):
+    assert ex.as_words(ex.PRESETS['cnn-cifar10']) == ['model=cnn', 'dataset=cifar10', 'training=cloning']
+    folder = run('+preset=multi-expansion', 'dataset=digits', 'metrics.metrics_frequency=0', folder=tmp_path/'r')
+    assert ex.read_run(folder)[0]['training']['num_expansions'] == 3
+    with pytest.raises(ex.ConfigError, match='mlp-mnist'): run('+preset=mlp-mnst', folder=tmp_path/'s')
 
 def test_multirun(tmp_path):
     ex.run_line('--multirun', 'training.seed=1,2', *QUICK, f'hydra.sweep.dir={tmp_path}/m')
