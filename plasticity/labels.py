@@ -9,7 +9,7 @@ __all__ = ['POLICIES', 'RULES', 'SCALING', 'Classes', 'Dim', 'Mark', 'Ledger', '
            'Trace', 'composite', 'where', 'before', 'NoRule', 'apply', 'decompose', 'give_up', 'check', 'mixed', 'use',
            'node', 'reach']
 
-# %% ../nbs/06a_labels.ipynb #89bdadf2
+# %% ../nbs/06a_labels.ipynb #b4decbff
 import itertools
 from collections import defaultdict
 
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .results import did_you_mean, method
 
-# %% ../nbs/06a_labels.ipynb #c4b8c195
+# %% ../nbs/06a_labels.ipynb #ae010b2f
 class Classes:
     "Union-find over integers, many unions a call and no loop over elements"
     def __init__(self): self.n, self.parent = 0, np.zeros(4096, np.int64)
@@ -51,7 +51,7 @@ class Classes:
             a, b = np.maximum(ra[m], rb[m]), np.minimum(ra[m], rb[m])
             self.parent[a] = b # of several unions of one root the last one is kept, the next round does the others
 
-# %% ../nbs/06a_labels.ipynb #04e80f77
+# %% ../nbs/06a_labels.ipynb #e9f01f81
 class Dim:
     "The labels of one dimension: an integer a position, and the (tensor, dim) whose scaling scales it (None: nothing does)"
     __slots__ = ('ids', 'src')
@@ -60,7 +60,7 @@ class Dim:
     def __getitem__(self, i): return Dim(np.ascontiguousarray(self.ids[i]), self.src)
     def __repr__(self): return f'Dim({self.ids[:8].tolist()}{"..." if len(self) > 8 else ""})'
 
-# %% ../nbs/06a_labels.ipynb #a9089dc2
+# %% ../nbs/06a_labels.ipynb #55140b6c
 class Mark:
     "Something an op said about labels: what, in which op, of which module"
     __slots__ = ('kind', 'ids', 'op', 'module', 'src', 'clock')
@@ -70,7 +70,7 @@ class Mark:
     def place(self): return f"{self.op} in {self.module or 'the model'}"
     def __repr__(self): return f'{self.kind} at {self.place}'
 
-# %% ../nbs/06a_labels.ipynb #ef9a2307
+# %% ../nbs/06a_labels.ipynb #ccd166f4
 POLICIES = ('inner', 'outer', 'first')
 
 class Ledger:
@@ -102,7 +102,7 @@ class Ledger:
     @property
     def module(self): return next((p for p in reversed(self.path) if p is not None), '')
 
-# %% ../nbs/06a_labels.ipynb #4fd701de
+# %% ../nbs/06a_labels.ipynb #b9944b4d
 @method(Ledger)
 def label(self,
     name:str, # as the model names it
@@ -119,7 +119,7 @@ def feed(self, t):
     "This tensor is an input: data without labels"
     if t not in self.tags: self.tags[t] = (None,)*t.dim(), True, False
 
-# %% ../nbs/06a_labels.ipynb #f0ac74bd
+# %% ../nbs/06a_labels.ipynb #5cb48e92
 @method(Ledger)
 def say(self,
     book:list, # frozen, flags, reads, writes, products, splits or kinds of this ledger
@@ -140,7 +140,7 @@ def flag(self, dim, kind:str):
     "These units are mixed by `kind`"
     self.say(self.flags, kind, dim)
 
-# %% ../nbs/06a_labels.ipynb #c79a9973
+# %% ../nbs/06a_labels.ipynb #6378a7fc
 @method(Ledger)
 def unite(self,
     a, # Dim or None
@@ -156,7 +156,7 @@ def unite(self,
     if a.ids is not b.ids: self.classes.unite(a.ids, b.ids)
     return a
 
-# %% ../nbs/06a_labels.ipynb #c32a9e7b
+# %% ../nbs/06a_labels.ipynb #585f0e58
 @method(Ledger)
 def broadcast(self,
     ts, # tensors that meet elementwise
@@ -179,7 +179,7 @@ def broadcast(self,
     self.emit(ts, out)
     self.put(out, res)
 
-# %% ../nbs/06a_labels.ipynb #d9fa2614
+# %% ../nbs/06a_labels.ipynb #a532ec00
 @method(Ledger)
 def scaled(self,
     met, # [(tensor, Dim or None)] that lie on top of each other
@@ -192,7 +192,7 @@ def scaled(self,
     if scale == 'product': return min((s for s in srcs if s), key=lambda s: sum(n in self.buffers for n, _ in s), default=None)
     if scale == 'sum' and len(srcs) == operands and all(srcs): return frozenset().union(*srcs)
 
-# %% ../nbs/06a_labels.ipynb #2ad6cc17
+# %% ../nbs/06a_labels.ipynb #211d6c24
 @method(Ledger)
 def make(self, dim, t):
     "This dimension of a weight goes on into data"
@@ -205,7 +205,7 @@ def emit(self, ts, out):
         for t in ts:
             for l in self.dims(t): self.make(l, t)
 
-# %% ../nbs/06a_labels.ipynb #6a424522
+# %% ../nbs/06a_labels.ipynb #c4f2eb53
 @method(Ledger)
 def contract(self,
     a, # Dim or None of tensor ta
@@ -229,7 +229,7 @@ def consume(self, dim):
     if not dim.src: self.flag(dim, 'computed weight')
     self.say(self.reads, 'reads', dim, dim.src or frozenset())
 
-# %% ../nbs/06a_labels.ipynb #e609aa20
+# %% ../nbs/06a_labels.ipynb #228dda8f
 @method(Ledger)
 def collapse(self,
     arr, # labels in several dimensions
@@ -238,24 +238,25 @@ def collapse(self,
     kind:str='view' # what split them
 ): # (the axis that stays, its labels)
     "Keep a split rectangular: unite along all axes but one"
-    spot = self.clock, arr.shape
-    if keep is None: self.nests(arr.ravel())
+    spot, root = (self.clock, arr.shape), self.classes.find(arr.ravel()).reshape(arr.shape)
     axis = dict(inner=axes[-1], outer=axes[-2], first=axes[0])['inner' if spot in self.inside else keep or self.policy]
-    base = arr[tuple(slice(None) if d == axis else slice(0, 1) for d in range(arr.ndim))]
-    self.classes.unite(arr.ravel(), np.broadcast_to(base, arr.shape).ravel())
-    ids = np.ascontiguousarray(base.ravel())
+    base = tuple(slice(None) if d == axis else slice(0, 1) for d in range(arr.ndim))
+    ids = np.ascontiguousarray(arr[base].ravel())
+    if (root != root[base]).any():
+        if keep is None: self.nests(root.ravel())
+        self.classes.unite(root.ravel(), np.broadcast_to(root[base], arr.shape).ravel())
     if keep is None: self.splits.append(Mark((kind, len(axes)), ids, self.op, self.module, spot))
     return axis, ids
 
-# %% ../nbs/06a_labels.ipynb #1f3cc695
+# %% ../nbs/06a_labels.ipynb #d4e51168
 @method(Ledger)
-def nests(self, ids):
+def nests(self, roots):
     "Note the split whose result is now split again"
-    now = np.unique(self.classes.find(ids))
+    now = np.unique(roots)
     for m in self.splits:
         if len(m.ids) < np.prod(m.src[1]) and np.array_equal(np.unique(self.classes.find(m.ids)), now): self.nested.add(m.src)
 
-# %% ../nbs/06a_labels.ipynb #5131ae16
+# %% ../nbs/06a_labels.ipynb #adc39382
 def vary(arr): # labels in several dimensions
     "The axes along which an array differs"
     return [d for d in range(arr.ndim) if arr.shape[d] > 1 and (arr != arr[(slice(None),)*d + (slice(0, 1),)]).any()]
@@ -274,7 +275,7 @@ def blocks(a, b): # two shapes with the same product
         while j < len(b) and b[j] == 1: j += 1
         yield i0, i, j0, j
 
-# %% ../nbs/06a_labels.ipynb #6c0afb50
+# %% ../nbs/06a_labels.ipynb #4ad6513c
 @method(Ledger)
 def reshape(self,
     dims, # Dim or None for each dimension
@@ -308,7 +309,7 @@ def reblock(self, labelled, a, b, block):
         new[j0 + axis].append((i, Dim(np.ascontiguousarray(ids), l.src)))
     return new
 
-# %% ../nbs/06a_labels.ipynb #9039549f
+# %% ../nbs/06a_labels.ipynb #761f72d4
 @method(Ledger)
 def merge(self, got): # [(dimension it came from, labels)], in order
     "One dimension made of several labelled ones: the policy says whose labels go on"
@@ -330,7 +331,7 @@ def ones(self, dims, a, b, res, lost):
         else: self.freeze(dims[i], 'is lost in a view')
     return res
 
-# %% ../nbs/06a_labels.ipynb #3c51a54b
+# %% ../nbs/06a_labels.ipynb #c05bc03b
 def op_name(func): # an op as the dispatcher hands it over
     "Namespace and name of an op, without its overload"
     full = getattr(func, '_schema', None) and func._schema.name or f'higher_order::{func}'
@@ -360,7 +361,7 @@ class Call:
     def dim(self, name='dim'): return self[name] % max(self.ins[0].dim(), 1)
     def __repr__(self): return f'{self.space}::{self.name}'
 
-# %% ../nbs/06a_labels.ipynb #eca6b60d
+# %% ../nbs/06a_labels.ipynb #9ff058fa
 RULES = {} # op name -> function(ledger, call)
 
 def rule(*names): # of ops of aten, one or several a string, without the overload and the final _ of the in-place twin
@@ -375,7 +376,7 @@ def moves(fn):
     fn.moves = True
     return fn
 
-# %% ../nbs/06a_labels.ipynb #dcbed445
+# %% ../nbs/06a_labels.ipynb #9ec7c95c
 SCALING = dict(mul='product', div='product', add='sum', sub='sum', neg='same', abs='same', relu='same', positive='same')
 
 def pointwise(func):
@@ -394,7 +395,7 @@ def elementwise(tr, c):
     if scale == 'sum' and len(c.ins) < 2: scale = 'none'
     for o in c.outs: tr.broadcast([t for t in c.ins if id(t) not in own or t is o], o, scale)
 
-# %% ../nbs/06a_labels.ipynb #54b00961
+# %% ../nbs/06a_labels.ipynb #42362cfc
 class Trace(Ledger, TorchDispatchMode):
     "Runs a model and follows the labels through every op"
     supports_higher_order_operators = True
@@ -410,7 +411,7 @@ class Trace(Ledger, TorchDispatchMode):
     def label(self, name, t, buffer=False): # as in the ledger, and remember where the tensor lives
         super().label(name, t, buffer)
         self.own.add(self.node(t))
-        if isinstance(t, nn.Parameter) and t.numel() and t.layout == torch.strided: self.aliases[where(t)] = t
+        if isinstance(t, nn.Parameter) and t.layout == torch.strided and where(t)[0]: self.aliases[where(t)] = t
 
     def find(self, c): # the rule of an op: the user's first
         for key in (repr(c), c.name, f'{c.space}::{c.name.rstrip("_")}', c.name.rstrip('_')):
@@ -418,7 +419,7 @@ class Trace(Ledger, TorchDispatchMode):
             if c.space == 'aten' and key in RULES: return RULES[key]
         return elementwise if pointwise(c.func) else None
 
-# %% ../nbs/06a_labels.ipynb #66fd1b0c
+# %% ../nbs/06a_labels.ipynb #632f06e2
 @method(Trace) # added afterwards: a class that has it from the start makes PyTorch load its compiler, which takes seconds
 def __torch_dispatch__(self, func, types, args=(), kwargs=None):
     "Every op of the forward pass comes by here: run it, then follow the labels"
@@ -438,7 +439,7 @@ def composite(func):
     "Is an op made of others, that can be followed in its place?"
     return isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
-# %% ../nbs/06a_labels.ipynb #7827969b
+# %% ../nbs/06a_labels.ipynb #36178759
 def where(t): # a tensor
     "Its memory, shape and strides: what an alias shares with it"
     return t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride()
@@ -458,7 +459,7 @@ def before(self, c):
         p = t._base if t._base is not None else t
         if isinstance(p, nn.Parameter) and id(p) not in self.written: self.written[id(p)] = p, p.detach().clone()
 
-# %% ../nbs/06a_labels.ipynb #9b493393
+# %% ../nbs/06a_labels.ipynb #28ca8619
 class NoRule(Exception): "An op that nothing is known of"
 
 @method(Trace)
@@ -476,7 +477,7 @@ def apply(self, fn, c):
         self.give_up(c)
     for o in c.outs: self.check(o)
 
-# %% ../nbs/06a_labels.ipynb #8a8d5900
+# %% ../nbs/06a_labels.ipynb #19debc75
 @method(Trace)
 def decompose(self, c):
     "An op without a rule: follow PyTorch's own decomposition of it, if it has one"
@@ -486,6 +487,7 @@ def decompose(self, c):
     with self: outs = [t for t in tree_leaves(fn(*c.args, **c.kwargs)) if isinstance(t, torch.Tensor)]
     if [o.shape for o in outs] != [o.shape for o in c.outs]: raise NoRule
     for o, new in zip(c.outs, outs, strict=True): self.put(o, self.dims(new))
+    self.flow.append((self.clock, [self.node(t) for t in outs], [self.node(t) for t in c.outs])) # who looks at the one looks at the other
 
 @method(Trace)
 def give_up(self, c):
@@ -494,7 +496,7 @@ def give_up(self, c):
         for l in self.dims(t): self.freeze(l, 'goes through an op without a rule')
     for o in c.outs: self.put(o, [None] * o.dim())
 
-# %% ../nbs/06a_labels.ipynb #4006406a
+# %% ../nbs/06a_labels.ipynb #60be92da
 @method(Trace)
 def check(self, t):
     "Labels must fit their tensor; a rule that left others is a rule that failed"
@@ -504,7 +506,7 @@ def check(self, t):
     for l in dims: self.freeze(l, 'goes through an op whose rule is wrong')
     self.put(t, [None] * t.dim())
 
-# %% ../nbs/06a_labels.ipynb #041bd69c
+# %% ../nbs/06a_labels.ipynb #e105972d
 def mixed(x): # integers
     "A well-mixed 64-bit number for each. Source: Steele et al. 2014, the finalizer of SplitMix"
     with np.errstate(over='ignore'):
@@ -521,7 +523,7 @@ def use(self, c):
         for d, l in enumerate(self.dims(t)):
             if l is not None: self.history[l.ids] += mixed(self.clock * 64 + i * 8 + d)
 
-# %% ../nbs/06a_labels.ipynb #2b9abcad
+# %% ../nbs/06a_labels.ipynb #6c8f6971
 @method(Trace)
 def node(self, t):
     "A number for the memory of a tensor, shared by its views"

@@ -11,7 +11,7 @@ __all__ = ['POOLS', 'same', 'makes', 'fresh', 'at', 'view', 'turn', 'transpose',
            'indexed', 'index_put', 'along', 'counted', 'attention', 'heads', 'gates', 'lstm_cell', 'gru_cell', 'packed',
            'weight_norm', 'fft', 'untagged', 'copy']
 
-# %% ../nbs/06b_oprules.ipynb #d8a3b5bc
+# %% ../nbs/06b_oprules.ipynb #e365c2c8
 import math
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from .labels import Dim, elementwise, moves, rule
 
-# %% ../nbs/06b_oprules.ipynb #358191d5
+# %% ../nbs/06b_oprules.ipynb #59d9c82d
 @rule('clone detach alias contiguous _to_copy lift lift_fresh lift_fresh_copy resolve_conj resolve_neg _conj to_mkldnn _to_dense',
       'pin_memory fill zero bernoulli uniform normal random exponential log_normal dropout native_dropout feature_dropout',
       'alpha_dropout rrelu_with_noise zeros_like ones_like empty_like full_like rand_like randn_like randint_like')
@@ -28,7 +28,7 @@ def same(tr, c):
     "Labels as they are"
     for o in c.outs: tr.put(o, tr.dims(c.ins[0]) if o.dim() == len(c.shapes[0]) else [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #e1a908ab
+# %% ../nbs/06b_oprules.ipynb #9b0f9cb9
 def makes(fn):
     "Mark a rule whose result depends on no input"
     fn.makes = True
@@ -42,7 +42,7 @@ def fresh(tr, c):
     "A tensor from nowhere: new labels, that take on the meaning of what they meet"
     for o in c.outs: tr.put(o, [tr.fresh(n) for n in o.shape])
 
-# %% ../nbs/06b_oprules.ipynb #807d8fd2
+# %% ../nbs/06b_oprules.ipynb #2a67b901
 def at(dim, n):
     "A dimension counted from the front"
     return dim % max(n, 1)
@@ -71,7 +71,7 @@ def permute(tr, c):
     l = tr.dims(c.ins[0])
     tr.put(c.out, [l[at(d, len(l))] for d in c.args[1]])
 
-# %% ../nbs/06b_oprules.ipynb #d0cca3b0
+# %% ../nbs/06b_oprules.ipynb #37bec649
 @rule('unsqueeze unsqueeze_copy')
 @moves
 def unsqueeze(tr, c):
@@ -98,7 +98,7 @@ def expand(tr, c):
         if c.shapes[0][i] != o.shape[i + new]: tr.freeze(d, 'is broadcast'); l[i] = None
     tr.put(o, [None]*new + l)
 
-# %% ../nbs/06b_oprules.ipynb #3ae09925
+# %% ../nbs/06b_oprules.ipynb #2b7e3548
 @rule('repeat tile')
 @moves
 def repeat(tr, c):
@@ -121,7 +121,7 @@ def interleave(tr, c):
     if l[d] is not None: l[d] = Dim(np.repeat(l[d].ids, k), l[d].src)
     tr.put(c.out, l)
 
-# %% ../nbs/06b_oprules.ipynb #c3e4be54
+# %% ../nbs/06b_oprules.ipynb #e9fd25d6
 def sliced(tr, x, outs, dim, spans):
     "Each output holds a span of one dimension"
     for o, s in zip(outs, spans, strict=True):
@@ -149,7 +149,7 @@ def split(tr, c):
         tr.collapse(l.ids.reshape(len(sizes), -1), [0, 1], keep='inner')
     sliced(tr, x, c.outs, d, [slice(int(e) - n, int(e)) for e, n in zip(np.cumsum(sizes), sizes, strict=True)])
 
-# %% ../nbs/06b_oprules.ipynb #7c45df13
+# %% ../nbs/06b_oprules.ipynb #7823d9c8
 @rule('select select_copy unbind unbind_copy')
 @moves
 def select(tr, c):
@@ -176,7 +176,7 @@ def flip(tr, c):
         if l[d] is not None: l[d] = l[d][::-1]
     tr.put(c.out, l)
 
-# %% ../nbs/06b_oprules.ipynb #7f11b6be
+# %% ../nbs/06b_oprules.ipynb #44d10e06
 @rule('constant_pad_nd')
 @moves
 def pad(tr, c):
@@ -213,7 +213,7 @@ def strided(tr, c):
     if tuple(c.out.shape) == c.shapes[0]: return same(tr, c)
     tr.give_up(c)
 
-# %% ../nbs/06b_oprules.ipynb #7b199736
+# %% ../nbs/06b_oprules.ipynb #1ce2295c
 def union(ls): # labels
     "The sources that scale all of them, None if one cannot be scaled"
     return frozenset().union(*(l.src for l in ls)) if all(l is not None and l.src is not None for l in ls) else None
@@ -250,7 +250,7 @@ def stack(tr, c):
     res.insert(at(c.get('dim', 0), c.out.dim()), None)
     tr.put(c.out, res)
 
-# %% ../nbs/06b_oprules.ipynb #b143a4ba
+# %% ../nbs/06b_oprules.ipynb #bfadb020
 @rule('mm bmm addmm baddbmm mv addmv dot vdot matmul _addmm_activation')
 def matmul(tr, c):
     "a @ b: the last dimension of a with the last but one of b"
@@ -277,7 +277,7 @@ def linear(tr, c):
     tr.put(c.out, lx[:-1] + lw[:-1])
     if len(c.ins) > 2: tr.broadcast([c.out, c.ins[2]], c.out, 'sum')
 
-# %% ../nbs/06b_oprules.ipynb #d50c1e79
+# %% ../nbs/06b_oprules.ipynb #82cceca2
 @rule('_trilinear')
 def trilinear(tr, c):
     "sum of i1 i2 i3 over some dimensions, as nn.Bilinear does it"
@@ -296,7 +296,7 @@ def trilinear(tr, c):
         res.append(cur)
     tr.put(c.out, res)
 
-# %% ../nbs/06b_oprules.ipynb #f24199e4
+# %% ../nbs/06b_oprules.ipynb #85e283ab
 @rule('convolution _convolution convolution_overrideable cudnn_convolution mkldnn_convolution miopen_convolution',
       'cudnn_convolution_transpose miopen_convolution_transpose')
 def convolution(tr, c):
@@ -313,7 +313,7 @@ def convolution(tr, c):
     tr.put(c.out, [lx[0], out] + [None]*(c.out.dim() - 2))
     if isinstance(b, torch.Tensor): tr.unite(out, tr.dims(b)[0]), tr.make(tr.dims(b)[0], b)
 
-# %% ../nbs/06b_oprules.ipynb #33d5dcce
+# %% ../nbs/06b_oprules.ipynb #8b04ad7f
 def grouped(tr, lx, x, lw, w, g, turned):
     "The output channels of a convolution in groups: channel j of a group reads the channels of its own group only"
     k = x.shape[1] // g # channels into one group
@@ -335,7 +335,7 @@ def grouped(tr, lx, x, lw, w, g, turned):
     for l in (reads, made): tr.flag(l, 'grouped')
     return made
 
-# %% ../nbs/06b_oprules.ipynb #7683fad6
+# %% ../nbs/06b_oprules.ipynb #3df71a14
 @rule('native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional batch_norm',
       'cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index _batch_norm_with_update _batch_norm_no_update',
       '_batch_norm_with_update_functional')
@@ -358,7 +358,7 @@ def layer_norm(tr, c):
     tr.put(c.out, l)
     for o in c.outs[1:]: tr.put(o, (l[:-n] + [None]*n)[:o.dim()])
 
-# %% ../nbs/06b_oprules.ipynb #f983a51e
+# %% ../nbs/06b_oprules.ipynb #2966729a
 @rule('native_group_norm')
 def group_norm(tr, c):
     "Channels are normed within their group"
@@ -388,7 +388,7 @@ def reduce(tr, c):
     res = [None if i in gone else x for i, x in enumerate(l) if c.get('keepdim', False) or i not in gone]
     for o in c.outs: tr.put(o, res if len(res) == o.dim() else [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #1a5f4fdd
+# %% ../nbs/06b_oprules.ipynb #d2c0f005
 @rule('topk kthvalue median mode nanmedian sort argsort argmax argmin cumsum cumprod cummax cummin logcumsumexp renorm')
 def ordered(tr, c):
     l, d = tr.dims(c.ins[0]), c.get('dim', -1)
@@ -397,7 +397,7 @@ def ordered(tr, c):
     kept, fewer = [None if i in gone else x for i, x in enumerate(l)], [x for i, x in enumerate(l) if i not in gone]
     for o in c.outs: tr.put(o, kept if o.dim() == len(l) else fewer if o.dim() == len(fewer) else [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #02167e95
+# %% ../nbs/06b_oprules.ipynb #3493ab28
 def places(n): # how many of the last dimensions are places
     "A rule that keeps the labels of all but the last n dimensions"
     def rule_of_places(tr, c):
@@ -413,7 +413,7 @@ rule('upsample_linear1d')(places(1))
 rule('upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d cudnn_grid_sampler')(places(2))
 rule('upsample_trilinear3d grid_sampler_3d')(places(3))
 
-# %% ../nbs/06b_oprules.ipynb #c5e43230
+# %% ../nbs/06b_oprules.ipynb #78f99d2b
 @rule('pixel_shuffle pixel_unshuffle')
 @moves
 def pixel_shuffle(tr, c):
@@ -444,7 +444,7 @@ def im2col(tr, c):
     for x in l[d+1:]: tr.freeze(x, f'is a place for {c.name}')
     tr.put(c.out, l[:d+1] + [None]*(c.out.dim() - d - 1))
 
-# %% ../nbs/06b_oprules.ipynb #016f7e03
+# %% ../nbs/06b_oprules.ipynb #637d9b92
 @rule('glu')
 def glu(tr, c):
     l = tr.dims(c.ins[0])
@@ -477,7 +477,7 @@ def embedding_bag(tr, c):
     tr.say(tr.writes, 'makes', lw[1], lw[1] and lw[1].src)
     for o in c.outs: tr.put(o, [None, lw[1]] if o is c.out else [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #83fa7f4a
+# %% ../nbs/06b_oprules.ipynb #aa996060
 def after_index(tr, l, idx): # labels of x, the indices (None where there is none)
     "The labels of x[idx], None for the dimensions of the indices"
     tensors, rest, used, d, spot = [i for i in idx if i is not None], [], [], 0, None
@@ -505,7 +505,7 @@ def index_put(tr, c):
         if n > 1: tr.unite(p, x)
     tr.put(c.out, l)
 
-# %% ../nbs/06b_oprules.ipynb #caa1b61b
+# %% ../nbs/06b_oprules.ipynb #ab4a0bc8
 @rule('index_select index_fill index_add index_copy gather scatter scatter_add scatter_reduce index_reduce')
 def along(tr, c):
     "One dimension is addressed by number; the others meet as they are"
@@ -524,7 +524,7 @@ def counted(tr, c):
         for l in tr.dims(t): tr.freeze(l, f'is counted or numbered by {c.name}')
     for o in c.outs: tr.put(o, [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #d2656e1d
+# %% ../nbs/06b_oprules.ipynb #f5a2703d
 @rule('_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention',
       '_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable',
       '_scaled_dot_product_attention_math_for_mps _scaled_dot_product_attention_math')
@@ -552,7 +552,7 @@ def heads(tr, a, b, v, na, nb):
     tr.say(tr.kinds, 'heads', a)
     return a
 
-# %% ../nbs/06b_oprules.ipynb #7e5a23f4
+# %% ../nbs/06b_oprules.ipynb #7d2f927d
 def gates(tr, c, n, state): # n gates, the state they update
     "A fused recurrent cell: the k-th unit of all gates and of the state move together"
     h = tr.dims(state)[1]
@@ -576,7 +576,7 @@ def packed(tr, c):
     rest = tr.dims(c.ins[0])[2 if c.name == '_pack_padded_sequence' else 1:]
     for o in c.outs: tr.put(o, [None]*(o.dim() - len(rest)) + rest if o is c.out else [None]*o.dim())
 
-# %% ../nbs/06b_oprules.ipynb #7bdcd577
+# %% ../nbs/06b_oprules.ipynb #0d19ef14
 @rule('_weight_norm_interface _weight_norm')
 def weight_norm(tr, c):
     "v g / |v|: scaled by g along its own dimension, by nothing along the others"

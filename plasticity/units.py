@@ -10,7 +10,7 @@ __all__ = ['FUSED_RNN', 'VERBS', 'EVEN', 'HARMLESS', 'QUIET', 'CACHE', 'COLOURS'
            'roles', 'build', 'axis_of', 'owner', 'shared', 'call_them', 'refusals', 'finish', 'Units', 'NoSuchGroup',
            'frozen_table', 'discover', 'aliases', 'unwrapped', 'state_key', 'units', 'arrows', 'layers', 'plot']
 
-# %% ../nbs/07_units.ipynb #50a40833
+# %% ../nbs/07_units.ipynb #120dfd11
 import random, sys, weakref
 from collections import OrderedDict, defaultdict
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ import plasticity.oprules # noqa: F401 fills the table of rules
 from .labels import POLICIES, Mark, Trace, mixed
 from .results import Table, did_you_mean, method
 
-# %% ../nbs/07_units.ipynb #b25c88a5
+# %% ../nbs/07_units.ipynb #f56f123a
 class EditError(RuntimeError): "An edit that was refused, or could not be kept; the model is as it was"
 class FrozenUnits(EditError): "These units are fixed by the output, the input, an index, or an op without a rule"
 class MixedUnits(EditError): "A norm, a softmax or a reduction runs over these units"
@@ -37,7 +37,7 @@ class WrappedModel(EditError): "The model is inside a wrapper that holds its own
 class LastUnits(EditError): "The edit would leave no unit"
 class Indivisible(EditError): "The units cannot be divided as asked"
 
-# %% ../nbs/07_units.ipynb #86f0fb7e
+# %% ../nbs/07_units.ipynb #bec0652c
 def silent(hooks): # an OrderedDict of hooks
     "The hooks without those that only observe"
     def observes(f): return getattr(f, 'observes_only', False) or getattr(getattr(f, '__self__', None), 'observes_only', False)
@@ -64,7 +64,7 @@ def untouched(
             m.__dict__.clear(), m.__dict__.update(attrs)
             for have, was in zip((m._parameters, m._buffers, m._modules), dicts, strict=True): have.clear(), have.update(was)
 
-# %% ../nbs/07_units.ipynb #a0430f03
+# %% ../nbs/07_units.ipynb #48349dad
 @contextmanager
 def plain_run(
     slow_rnn:bool # take recurrent layers apart
@@ -81,7 +81,7 @@ def plain_run(
         s.enter_context(torch.no_grad())
         yield
 
-# %% ../nbs/07_units.ipynb #819ac9c8
+# %% ../nbs/07_units.ipynb #cd20658e
 @contextmanager
 def paths(model, tr):
     "Inside, the trace knows in which module it is"
@@ -93,7 +93,7 @@ def paths(model, tr):
     try: yield
     finally: a.remove(), b.remove(), tr.path.clear()
 
-# %% ../nbs/07_units.ipynb #d2c1b8b9
+# %% ../nbs/07_units.ipynb #45da97d9
 def tensors_in(obj, depth=6): # anything a model takes or returns
     "All tensors in nested containers and plain objects"
     if isinstance(obj, torch.Tensor): return [obj]
@@ -111,7 +111,7 @@ def as_calls(
     if not many: raise ValueError('examples: got an empty list, takes at least one example')
     return [((), e) if isinstance(e, dict) else (e, {}) if isinstance(e, tuple) else ((e,), {}) for e in many]
 
-# %% ../nbs/07_units.ipynb #70b38d0b
+# %% ../nbs/07_units.ipynb #4ab73ca2
 def run_once(model, tr, args, kwargs, slow_rnn):
     "One forward pass under the trace; its outputs cannot move"
     for t in tensors_in((args, kwargs)): tr.feed(t)
@@ -131,7 +131,7 @@ def run_all(model, tr, calls, slow_rnn):
             except Exception as e: failed.setdefault(mode, e) # kept: raised if both modes fail, a note in the table else
     return failed
 
-# %% ../nbs/07_units.ipynb #920b9aa8
+# %% ../nbs/07_units.ipynb #0fb066f5
 FUSED_RNN = {'mkldnn_rnn_layer', '_cudnn_rnn', 'miopen_rnn'}
 
 def follow(
@@ -155,7 +155,7 @@ def follow(
     tr.unseen = [n for n, p in model.named_parameters() if id(p) not in tr.seen]
     return tr, failed
 
-# %% ../nbs/07_units.ipynb #50bfb6e4
+# %% ../nbs/07_units.ipynb #0b6f43dc
 class Cut:
     "The classes of one trace, cut into groups of like ones"
     def __init__(self, tr:Trace):
@@ -174,7 +174,7 @@ class Cut:
 
     def roots(self, ids): return np.unique(self.tr.classes.find(ids))
 
-# %% ../nbs/07_units.ipynb #77874700
+# %% ../nbs/07_units.ipynb #23a5215d
 @method(Cut)
 def reasons(self): # (classes,) the number of the first mark that froze it, -1 if none did
     "Why classes cannot move"
@@ -191,7 +191,7 @@ def reasons(self): # (classes,) the number of the first mark that froze it, -1 i
         tr.frozen.append(Mark('is never used', idle, 'the examples', ''))
     return why
 
-# %% ../nbs/07_units.ipynb #de5cba23
+# %% ../nbs/07_units.ipynb #92a9c58f
 @method(Cut)
 def settle(self):
     "Products of weights with weights: the dimension inside is read by one of the two, if nothing else uses it"
@@ -212,7 +212,7 @@ def fingerprints(self): # (classes,)
         out[self.roots(np.concatenate([m.ids for m in tr.flags if m.kind == kind]))] += mixed(-1 - i)
     return out
 
-# %% ../nbs/07_units.ipynb #0a858ab8
+# %% ../nbs/07_units.ipynb #f4cb899f
 @method(Cut)
 def groups(self,
     frozen:bool=False # those that can move, or those that cannot
@@ -236,7 +236,7 @@ def groups(self,
         out.append((root[first[g]], {self.keys[cols[a]]: self.pos[rows[:, a:b]] for a, b in zip(edge, edge[1:], strict=False)}))
     return sorted(out, key=lambda o: o[0].min())
 
-# %% ../nbs/07_units.ipynb #0501c5b4
+# %% ../nbs/07_units.ipynb #e5b50381
 VERBS = ('widen', 'clone', 'prune', 'reset')
 
 class Group:
@@ -260,7 +260,7 @@ class Group:
     def __repr__(self):
         return f"{self.name}: {self.n} {self.axis}s in {len(self.tensors)} tensors; can {', '.join(self.can) or 'do nothing'}"
 
-# %% ../nbs/07_units.ipynb #da2af758
+# %% ../nbs/07_units.ipynb #628c62eb
 @method(Cut)
 def roles(self,
     marks:list # reads or writes of the trace
@@ -296,7 +296,7 @@ def build(self,
         out.append(g)
     return out
 
-# %% ../nbs/07_units.ipynb #7c4ef0dd
+# %% ../nbs/07_units.ipynb #a23a3e6b
 def axis_of(
     kinds, # what was said about the group
     policy # of the trace
@@ -307,7 +307,7 @@ def axis_of(
     if split and kinds & {'bilinear', 'value'}: return 'head_dim'
     return 'group' if 'groups' in split and policy != 'inner' else 'unit'
 
-# %% ../nbs/07_units.ipynb #0c24462f
+# %% ../nbs/07_units.ipynb #24e4a08f
 def owner(tensor:str): # the name of a parameter or buffer
     "The path of the module that a tensor belongs to"
     module, _, last = tensor.rpartition('.')
@@ -319,7 +319,7 @@ def shared(paths): # module paths
     n = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts)))
     return '.'.join(parts[0][:n])
 
-# %% ../nbs/07_units.ipynb #da50c719
+# %% ../nbs/07_units.ipynb #97777934
 def call_them(
     groups, # [Group], named in place
     taken=() # names that are not free
@@ -340,7 +340,7 @@ def call_them(
     for name, gs in at.items():
         for i, g in enumerate((g for g in gs if not g.name), 1): g.name = f'{name}:{i}'
 
-# %% ../nbs/07_units.ipynb #fbfe2e14
+# %% ../nbs/07_units.ipynb #ff06e77c
 EVEN = set('layer_norm rms_norm group_norm mean amax amin max min var std var_mean std_mean'.split()) # equal copies keep these
 HARMLESS = {'depthwise', 'grouped'}
 
@@ -363,7 +363,7 @@ def refusals(
     if g.n == 1: block(('prune',), 'LastUnits', 'it is the only unit')
     return out
 
-# %% ../nbs/07_units.ipynb #5e21f68d
+# %% ../nbs/07_units.ipynb #0daedb5b
 def finish(model, groups, fixed, unseen):
     "Names and refusals"
     call_them(groups)
@@ -374,7 +374,7 @@ def finish(model, groups, fixed, unseen):
         error = 'UnseenParameters' if g.why.kind == 'is never used' else 'FrozenUnits'
         g.blocked = dict.fromkeys(VERBS, (error, '{!r} dim {} {}, in {}'.format(*g.made, g.why.kind, g.why.place)))
 
-# %% ../nbs/07_units.ipynb #c630f99e
+# %% ../nbs/07_units.ipynb #949e3da5
 class Units:
     "The unit groups of a model: iterable, found by name, module, tensor or number"
     def __init__(self,
@@ -405,7 +405,7 @@ class Units:
     def __repr__(self): return repr(self.table) + self._foot('\n')
     def _repr_markdown_(self): return self.table._repr_markdown_() + self._foot('\n\n')
 
-# %% ../nbs/07_units.ipynb #bddbdd94
+# %% ../nbs/07_units.ipynb #35ae433e
 class NoSuchGroup(EditError, KeyError):
     "A name that stands for no group, or for several"
     __str__ = RuntimeError.__str__
@@ -426,6 +426,7 @@ def __getitem__(self,
             found = [g for g in groups if hits(keys(g))]
             plain = [g for g in found if g.axis == 'unit'] or found
             if len(plain) == 1: return plain[0]
+            if plain and groups is self.fixed: return plain[0]
             if plain: raise NoSuchGroup(f"{key!r} stands for {len(plain)} groups: {', '.join(g.name for g in plain)}")
     raise NoSuchGroup(f'{key!r} is no group, module or parameter here{did_you_mean(key, self.names)}')
 
@@ -435,7 +436,7 @@ def __contains__(self, key):
     except (NoSuchGroup, IndexError): return False
     return True
 
-# %% ../nbs/07_units.ipynb #f2b1129c
+# %% ../nbs/07_units.ipynb #1d57aef0
 QUIET = {'is a position of a kernel', 'is broadcast', 'is lost in a view', 'is the same for every group'}
 
 def frozen_table(
@@ -451,7 +452,7 @@ def frozen_table(
         rows.append(dict(tensor=name, dim=d, positions=f'{len(ids)} of {n}', why=mark.kind, op=mark.op, module=mark.module))
     return Table(rows)
 
-# %% ../nbs/07_units.ipynb #56ad1971
+# %% ../nbs/07_units.ipynb #38b9a696
 def discover(
     model:nn.Module,
     calls:list, # [(args, kwargs)]
@@ -480,7 +481,7 @@ def aliases(model):
     first, tensors = {}, [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {n: first.setdefault(id(t), n) for n, t in tensors}
 
-# %% ../nbs/07_units.ipynb #eebceb13
+# %% ../nbs/07_units.ipynb #1af2ad06
 def unwrapped(model):
     "The module itself; a compiled one is looked into, other wrappers are refused"
     if hasattr(model, '_orig_mod'): model = model._orig_mod
@@ -492,7 +493,7 @@ def unwrapped(model):
     if lazy: raise UnseenParameters(f'model: {lazy[0]!r} has no shape yet; run the model once first')
     return model
 
-# %% ../nbs/07_units.ipynb #19114cd3
+# %% ../nbs/07_units.ipynb #f7f54435
 CACHE = weakref.WeakKeyDictionary() # model -> (key, the tensors it was made from, its units)
 
 def state_key(model, calls, rules):
@@ -521,7 +522,7 @@ def units(
     CACHE[model] = key, [weakref.ref(t) for t in held], found
     return found
 
-# %% ../nbs/07_units.ipynb #2b5452af
+# %% ../nbs/07_units.ipynb #850cf93d
 @method(Units)
 def arrows(self): # {(from, to): tensors}; 'input' and 'output' are the ends
     "Which group reads which, through which weights"
@@ -544,10 +545,10 @@ def layers(self): # [[name]], from the input on
     level = dict.fromkeys(order, 1) | {'input': 0}
     for a, b in sorted(self.arrows(), key=lambda e: order[e[1]]):
         if order[a] < order[b]: level[b] = max(level[b], level[a] + 1)
-    level['output'] = max(level.values()) + (max(level.values()) > level['output'] or len(order) == 2)
+    level['output'] = 1 + max(level[n] for n in order if n != 'output')
     return [[n for n in order if level[n] == k] for k in sorted(set(level.values()))]
 
-# %% ../nbs/07_units.ipynb #5ce3d991
+# %% ../nbs/07_units.ipynb #9dd43696
 COLOURS = dict(unit='#dbe9f6', head='#fddcb5', head_dim='#fff1dd', group='#d9f0d3')
 
 @method(Units)
@@ -563,7 +564,8 @@ def plot(self,
     for a, b in self.arrows():
         (xa, ya), (xb, yb) = at[a], at[b]
         back = yb >= ya
-        look = dict(color='#c66', ls=':', connectionstyle='arc3,rad=.35') if back else dict(color='#889', ls='-')
+        look = dict(color='#c66', ls=':') if back else dict(color='#889', ls='-')
+        if back or xa == xb and ya - yb > 1: look['connectionstyle'] = 'arc3,rad=.4' # not through the boxes between
         ends = (xb, yb + (-.25 if back else .25)), (xa, ya + (.25 if back else -.25))
         ax.annotate('', *ends, zorder=1, arrowprops=dict(arrowstyle='->', lw=.8, **look))
     for n, (x, y) in at.items():

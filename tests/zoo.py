@@ -19,7 +19,8 @@ ZOO = []
 def zoo(name, *example, kwargs=None): # the example's positional inputs, or its keyword inputs
     "Register a factory (a function or a class without arguments) with an example of its input"
     def add(factory):
-        ZOO.append((name, factory, kwargs if kwargs else example[0] if len(example) == 1 and not isinstance(example[0], dict) else tuple(example)))
+        ZOO.append((name, factory, kwargs if kwargs else example[0] if len(example) == 1 and not isinstance(example[0],
+            dict) else tuple(example)))
         return factory
     return add
 
@@ -38,7 +39,8 @@ def shake(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     for n, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
-        if p.dim() <= 1 or p.numel() == max(p.shape): p.copy_(.5 + noise.abs()*.5 if n.endswith(('weight', 'scale', 'weight_g', 'original0')) else .2*noise)
+        if p.dim() <= 1 or p.numel() == max(p.shape): p.copy_(.5 + noise.abs()*.5 if n.endswith(('weight', 'scale', 'weight_g',
+            'original0')) else .2*noise)
         elif float(p.abs().max()) < 1e-3: p.copy_(.02*noise)
     for n, b in model.named_buffers():
         if n.endswith('running_mean'): b.copy_(.2*torch.randn(b.shape, generator=g))
@@ -94,7 +96,8 @@ class TiedAutoencoder(nn.Module):
 class GLU(nn.Module):
     def __init__(self, d=8, h=6):
         super().__init__()
-        self.gate, self.up, self.down, self.fused, self.out = nn.Linear(d, h), nn.Linear(d, h), nn.Linear(h, d), nn.Linear(d, 2*h), nn.Linear(h, 3)
+        self.gate, self.up, self.down, self.fused = nn.Linear(d, h), nn.Linear(d, h), nn.Linear(h, d), nn.Linear(d, 2*h)
+        self.out = nn.Linear(h, 3)
     def forward(self, x):
         x = self.down(F.silu(self.gate(x))*self.up(x))
         a, b = self.fused(x).chunk(2, -1)
@@ -111,7 +114,9 @@ class Highway(nn.Module):
         return self.out(t*torch.relu(self.h(x)) + (1 - t)*x)
 
 @zoo('batchnorm_mlp', rand(8, 7))
-def batchnorm_mlp(): return nn.Sequential(nn.Linear(7, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Linear(10, 6), nn.BatchNorm1d(6, affine=False), nn.ELU(), nn.Linear(6, 4))
+def batchnorm_mlp():
+    return nn.Sequential(nn.Linear(7, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Linear(10, 6),
+        nn.BatchNorm1d(6, affine=False), nn.ELU(), nn.Linear(6, 4))
 
 @zoo('maxout_prelu', rand(6, 7))
 class Maxout(nn.Module):
@@ -146,7 +151,9 @@ class ControlFlow(nn.Module):
         h, n = torch.tanh(self.inp(x)), 0
         while n < 2 + int(x.abs().sum() > 0):
             if n % 2: h = h + torch.tanh(self.rec(h))
-            else: h *= torch.sigmoid(self.rec(h))
+            else:
+                h = h*torch.sigmoid(self.rec(h))
+                h += 1.
             n += 1
         return self.out(h)
 
@@ -222,7 +229,9 @@ def user_parametrize():
         def __init__(self, mask): super().__init__(); self.register_buffer('mask', mask)
         def forward(self, w): return w*self.mask
     class LowRank(nn.Module):
-        def __init__(self, a, b, r=3): super().__init__(); self.down, self.up = nn.Parameter(torch.randn(r, b)*.3), nn.Parameter(torch.randn(a, r)*.3)
+        def __init__(self, a, b, r=3):
+            super().__init__()
+            self.down, self.up = nn.Parameter(torch.randn(r, b)*.3), nn.Parameter(torch.randn(a, r)*.3)
         def forward(self, w): return w + self.up @ self.down
     m = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
     parametrize.register_parametrization(m[0], 'weight', Masked((torch.rand(8, 6) > .3).float()))
@@ -243,7 +252,8 @@ def spectral_norm():
 class VAE(nn.Module):
     def __init__(self, z=4):
         super().__init__()
-        self.enc, self.dec = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2*z)), nn.Sequential(nn.Linear(z, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.enc = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2*z))
+        self.dec = nn.Sequential(nn.Linear(z, 8), nn.ReLU(), nn.Linear(8, 6))
     def forward(self, x):
         mu, logvar = self.enc(x).chunk(2, -1)
         z = mu + torch.randn_like(mu)*(logvar/2).exp() if self.training else mu + .1*(logvar/2).exp()
@@ -275,7 +285,8 @@ class Cells(nn.Module):
         super().__init__()
         self.a, self.b, self.out = nn.LSTMCell(4, 6), nn.GRUCell(6, 5), nn.Linear(5, 2)
     def forward(self, x):
-        h, c, g = x.new_zeros(x.shape[0], self.a.hidden_size), x.new_zeros(x.shape[0], self.a.hidden_size), x.new_zeros(x.shape[0], self.b.hidden_size)
+        h, c = x.new_zeros(x.shape[0], self.a.hidden_size), x.new_zeros(x.shape[0], self.a.hidden_size)
+        g = x.new_zeros(x.shape[0], self.b.hidden_size)
         for t in range(x.shape[1]):
             h, c = self.a(x[:, t], (h, c))
             g = self.b(h, g)
@@ -301,14 +312,16 @@ class HandLSTM(nn.Module):
 
 @zoo('flatten_cnn', rand(3, 2, 8, 8))
 def flatten_cnn():
-    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3),
+        nn.ReLU(), nn.Flatten(), nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
 
 @zoo('batchnorm_resnet', rand(3, 2, 8, 8))
 class ResNetLike(nn.Module):
     def __init__(self, c=6):
         super().__init__()
         def conv(i, o, s=1): return nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o))
-        self.stem, self.a, self.b, self.c, self.d, self.short = conv(2, c), conv(c, c), conv(c, c), conv(c, 2*c, 2), conv(2*c, 2*c), conv(c, 2*c, 2)
+        self.stem, self.a, self.b, self.c, self.d = conv(2, c), conv(c, c), conv(c, c), conv(c, 2*c, 2), conv(2*c, 2*c)
+        self.short = conv(c, 2*c, 2)
         self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(2*c, 3)
     def forward(self, x):
         x = self.relu(self.stem(x))
@@ -322,7 +335,8 @@ class UNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.d1, self.d2, self.mid = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
-        self.up2, self.u2, self.up1, self.u1, self.out = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(12, 5, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(9, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+        self.up2, self.u2, self.up1 = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(12, 5, 3, padding=1), nn.Upsample(scale_factor=2)
+        self.u1, self.out = nn.Conv2d(9, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
     def forward(self, x):
         a = F.relu(self.d1(x)); b = F.relu(self.d2(F.max_pool2d(a, 2))); m = F.relu(self.mid(F.max_pool2d(b, 2)))
         y = F.relu(self.u2(torch.cat([self.up2(m), b], 1)))
@@ -333,7 +347,8 @@ class DenseNetLike(nn.Module):
     def __init__(self, g=3):
         super().__init__()
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(4 + i*g), nn.ReLU(), nn.Conv2d(4 + i*g, g, 3, padding=1)) for i in range(3))
+        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(4 + i*g), nn.ReLU(),
+            nn.Conv2d(4 + i*g, g, 3, padding=1)) for i in range(3))
         self.head = nn.Linear(4 + 3*g, 3)
     def forward(self, x):
         xs = [self.stem(x)]
@@ -341,10 +356,14 @@ class DenseNetLike(nn.Module):
         return self.head(torch.cat(xs, 1).mean((-1, -2)))
 
 @zoo('depthwise', rand(2, 2, 8, 8))
-def depthwise(): return nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 12, 3, groups=6), nn.Hardswish(), nn.Conv2d(12, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+def depthwise():
+    return nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.BatchNorm2d(6), nn.ReLU6(),
+        nn.Conv2d(6, 12, 3, groups=6), nn.Hardswish(), nn.Conv2d(12, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
 @zoo('grouped', rand(2, 2, 6, 6))
-def grouped(): return nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4, padding=1), nn.ReLU(), nn.Conv2d(12, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+def grouped():
+    return nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4, padding=1), nn.ReLU(), nn.Conv2d(12, 5, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
 
 @zoo('squeeze_excite', rand(2, 2, 6, 6))
 class SqueezeExcite(nn.Module):
@@ -356,7 +375,9 @@ class SqueezeExcite(nn.Module):
         return self.out((x*torch.sigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1)))))).mean((2, 3)))
 
 @zoo('pixel_shuffle', rand(2, 2, 5, 5))
-def pixel_shuffle(): return nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1))
+def pixel_shuffle():
+    return nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(),
+        nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1))
 
 @zoo('channel_shuffle', rand(2, 2, 5, 5))
 class ChannelShuffle(nn.Module):
@@ -374,11 +395,14 @@ class Transposed(nn.Module):
     "A linear layer, unflattened into an image, and transposed convolutions"
     def __init__(self, c=5):
         super().__init__()
-        self.fc, self.up1, self.norm, self.up2 = nn.Linear(6, c*3*3), nn.ConvTranspose2d(c, 4, 2, 2), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 1, 3)
+        self.fc, self.up1, self.norm = nn.Linear(6, c*3*3), nn.ConvTranspose2d(c, 4, 2, 2), nn.BatchNorm2d(4)
+        self.up2 = nn.ConvTranspose2d(4, 1, 3)
     def forward(self, z): return self.up2(F.relu(self.norm(self.up1(F.relu(self.fc(z)).view(len(z), -1, 3, 3)))))
 
 @zoo('transposed_depthwise', rand(2, 2, 5, 5))
-def transposed_depthwise(): return nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, 2, groups=6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+def transposed_depthwise():
+    return nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, 2, groups=6), nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
 
 @zoo('convnext_block', rand(2, 3, 8, 8))
 class ConvNeXt(nn.Module):
@@ -395,8 +419,11 @@ class ConvNeXt(nn.Module):
 class Inception(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b1, self.b2, self.p, self.out = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(2, 2, 1), nn.Conv2d(10, 3, 1)
-    def forward(self, x): return self.out(F.relu(torch.cat([self.a(x), self.b2(F.relu(self.b1(x))), self.p(F.avg_pool2d(x, 3, 1, 1))], 1))).flatten(2).mean(-1)
+        self.a, self.b1, self.b2 = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 5, 3, padding=1)
+        self.p, self.out = nn.Conv2d(2, 2, 1), nn.Conv2d(10, 3, 1)
+    def forward(self, x):
+        return self.out(F.relu(torch.cat([self.a(x), self.b2(F.relu(self.b1(x))), self.p(F.avg_pool2d(x, 3, 1, 1))],
+            1))).flatten(2).mean(-1)
 
 @zoo('padded_channels', rand(2, 2, 6, 6))
 class PaddedChannels(nn.Module):
@@ -409,7 +436,9 @@ class PaddedChannels(nn.Module):
         return self.out(F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))).mean((2, 3)))
 
 @zoo('group_norm', rand(2, 2, 6, 6))
-def group_norm(): return nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.GroupNorm(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+def group_norm():
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.InstanceNorm2d(6, affine=True),
+        nn.ReLU(), nn.Conv2d(6, 4, 1), nn.GroupNorm(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
 
 @zoo('conv1d_text', ints(13, 3, 9))
 class ConvText(nn.Module):
@@ -455,7 +484,8 @@ class T5Like(nn.Module):
     "Relative position bias from an embedding of distances, RMS norm, no biases"
     def __init__(self, d=8, h=2):
         super().__init__()
-        self.attn, self.bias, self.scale, self.ff1, self.ff2 = Attention(d, h, 3), nn.Embedding(9, h), nn.Parameter(torch.ones(d)), nn.Linear(d, 10, bias=False), nn.Linear(10, d, bias=False)
+        self.attn, self.bias, self.scale = Attention(d, h, 3), nn.Embedding(9, h), nn.Parameter(torch.ones(d))
+        self.ff1, self.ff2 = nn.Linear(d, 10, bias=False), nn.Linear(10, d, bias=False)
         self.inp, self.out = nn.Linear(8, d), nn.Linear(d, 2)
     def norm(self, x): return x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)*self.scale
     def forward(self, x):
@@ -469,8 +499,10 @@ class NanoGPT(nn.Module):
     "Fused qkv, causal mask in a buffer, tied embedding"
     def __init__(self, d=8, hd=4):
         super().__init__()
-        self.hd, self.wte, self.wpe, self.ln1, self.ln2, self.lnf = hd, nn.Embedding(11, d), nn.Embedding(10, d), nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.proj, self.fc, self.fc2, self.head = nn.Linear(d, 3*d), nn.Linear(d, d), nn.Linear(d, 12), nn.Linear(12, d), nn.Linear(d, 11, bias=False)
+        self.hd, self.wte, self.wpe, self.ln1 = hd, nn.Embedding(11, d), nn.Embedding(10, d), nn.LayerNorm(d)
+        self.ln2, self.lnf = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj, self.fc, self.fc2 = nn.Linear(d, 3*d), nn.Linear(d, d), nn.Linear(d, 12), nn.Linear(12, d)
+        self.head = nn.Linear(d, 11, bias=False)
         self.register_buffer('mask', torch.tril(torch.ones(10, 10)).view(1, 1, 10, 10))
         self.head.weight = self.wte.weight
     def forward(self, ids):
@@ -489,8 +521,10 @@ class GQA(nn.Module):
     def __init__(self, d=8, hq=4, hk=2, k=4):
         super().__init__()
         self.k, self.rep = k, hq//hk
-        self.q, self.kv, self.o = nn.Linear(d, hq*k, bias=False), nn.ModuleList(nn.Linear(d, hk*k, bias=False) for _ in range(2)), nn.Linear(hq*k, d, bias=False)
-        self.w1, self.w3, self.w2, self.out = nn.Linear(d, 10, bias=False), nn.Linear(d, 10, bias=False), nn.Linear(10, d, bias=False), nn.Linear(d, 3)
+        self.q, self.kv = nn.Linear(d, hq*k, bias=False), nn.ModuleList(nn.Linear(d, hk*k, bias=False) for _ in range(2))
+        self.o = nn.Linear(hq*k, d, bias=False)
+        self.w1, self.w3, self.w2 = nn.Linear(d, 10, bias=False), nn.Linear(d, 10, bias=False), nn.Linear(10, d, bias=False)
+        self.out = nn.Linear(d, 3)
         self.inp, self.n1, self.n2 = nn.Linear(8, d), nn.RMSNorm(d), nn.RMSNorm(d)
     def rope(self, x):
         t, k = x.shape[-2:]
@@ -512,8 +546,10 @@ class TimmViT(nn.Module):
     "Patches, class token, fused qkv by reshape and unbind, layer scale"
     def __init__(self, d=8, h=2):
         super().__init__()
-        self.h, self.patch, self.cls, self.pos = h, nn.Conv2d(3, d, 4, 4), nn.Parameter(torch.zeros(1, 1, d)), nn.Parameter(torch.zeros(1, 5, d))
-        self.n1, self.n2, self.qkv, self.proj, self.fc1, self.fc2 = nn.LayerNorm(d), nn.LayerNorm(d), nn.Linear(d, 3*d), nn.Linear(d, d), nn.Linear(d, 10), nn.Linear(10, d)
+        self.h, self.patch, self.cls = h, nn.Conv2d(3, d, 4, 4), nn.Parameter(torch.zeros(1, 1, d))
+        self.pos = nn.Parameter(torch.zeros(1, 5, d))
+        self.n1, self.n2, self.qkv, self.proj = nn.LayerNorm(d), nn.LayerNorm(d), nn.Linear(d, 3*d), nn.Linear(d, d)
+        self.fc1, self.fc2 = nn.Linear(d, 10), nn.Linear(10, d)
         self.g1, self.g2, self.head = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d)), nn.Linear(d, 3)
     def forward(self, x):
         x = self.patch(x).flatten(2).transpose(1, 2)
@@ -534,14 +570,17 @@ class MHA(nn.Module):
         return self.out(x + self.mha(x, x, x)[0])
 
 @zoo('transformer_encoder', rand(2, 5, 8))
-def transformer_encoder(): return nn.Sequential(nn.Linear(8, 12), nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 10, batch_first=True), 2, enable_nested_tensor=False), nn.Linear(12, 2))
+def transformer_encoder():
+    return nn.Sequential(nn.Linear(8, 12), nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 10, batch_first=True), 2,
+        enable_nested_tensor=False), nn.Linear(12, 2))
 
 @zoo('mixer', rand(2, 3, 8, 8))
 class Mixer(nn.Module):
     def __init__(self, d=6, t=4):
         super().__init__()
         self.patch, self.n1, self.n2 = nn.Conv2d(3, d, 4, 4), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.tok, self.chan, self.head = nn.Sequential(nn.Linear(t, 7), nn.GELU(), nn.Linear(7, t)), nn.Sequential(nn.Linear(d, 9), nn.GELU(), nn.Linear(9, d)), nn.Linear(d, 2)
+        self.tok = nn.Sequential(nn.Linear(t, 7), nn.GELU(), nn.Linear(7, t))
+        self.chan, self.head = nn.Sequential(nn.Linear(d, 9), nn.GELU(), nn.Linear(9, d)), nn.Linear(d, 2)
     def forward(self, x):
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = x + self.tok(self.n1(x).transpose(1, 2)).transpose(1, 2)
