@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'DEFAULTS', 'GAINS', 'SLOPES', 'ENGINES', 'Bits', 'Learners', 'learn', 'replace', 'run', 'slow_regression']
 
-# %% ../nbs/13a_slow_regression.ipynb #13d7639e
+# %% ../nbs/13a_slow_regression.ipynb #b8320eb2
 import copy, math, time
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .member_optimizers import mix
 from .results import Table, did_you_mean, generator, pick_device, stream_seed
 
-# %% ../nbs/13a_slow_regression.ipynb #bb9af335
+# %% ../nbs/13a_slow_regression.ipynb #96734296
 class Bits:
     """One slowly-changing regression problem for each seed: inputs as 20-bit words, and targets.
     Source: Dohare et al. 2024, Nature 632, and the authors' code for the thresholds"""
@@ -30,7 +30,8 @@ class Bits:
     ):
         if examples % every: raise ValueError(f'examples: got {examples}, takes a multiple of every = {every}')
         if not 0 <= slow <= inputs <= 24: raise ValueError(f'slow: got {slow} of {inputs} bits; takes 0 <= slow <= inputs <= 24')
-        self.seeds, self.examples, self.every, self.inputs, self.slow, self.device = list(seeds), examples, every, inputs, slow, torch.device(device)
+        self.seeds, self.examples, self.every = list(seeds), examples, every
+        self.inputs, self.slow, self.device = inputs, slow, torch.device(device)
         parts = [self._draw(s, units, redraw) for s in self.seeds]
         self.w, self.b, self.v, self.c, self.words = (torch.stack(p).to(self.device) for p in zip(*parts, strict=True))
         self.tau = beta*(inputs + 1) - (inputs - self.w.sum(2) + self.b)/2          # (problems, units)
@@ -40,7 +41,7 @@ class Bits:
     @property
     def tasks(self): return self.examples // self.every
 
-# %% ../nbs/13a_slow_regression.ipynb #27a5902a
+# %% ../nbs/13a_slow_regression.ipynb #66bdf9c8
 def _draw(self, seed, units, redraw):
     "Target weights of +-1, and the slow bits of every task as a word"
     g = generator(seed, 'target')
@@ -71,7 +72,7 @@ def _target(self, i, words):
 
 Bits._draw, Bits.task, Bits._target = _draw, _task, _target
 
-# %% ../nbs/13a_slow_regression.ipynb #661a8208
+# %% ../nbs/13a_slow_regression.ipynb #c37a0fb6
 SETTINGS = {
     'relu .01': dict(lr=.01, published=(.67, 1.29)),
     'relu .003': dict(lr=.003, published=(.69, 1.07)),
@@ -88,7 +89,8 @@ SETTINGS = {
     'continual backprop, maturity 100': dict(lr=.01, rate=1e-4, maturity=100),
     'relu .01, one bit flips': dict(lr=.01, redraw=False),
 }
-DEFAULTS = dict(activation='relu', lr=.01, weight_decay=0., rate=0., maturity=10, decay=.99, utility='adaptable', redraw=True, published=None)
+DEFAULTS = dict(activation='relu', lr=.01, weight_decay=0., rate=0., maturity=10, decay=.99, utility='adaptable', redraw=True,
+                published=None)
 GAINS = dict(relu=2**.5, leaky_relu=2**.5, tanh=5/3, linear=1.)
 SLOPES = dict(relu=0., leaky_relu=.01, tanh=0., linear=1.)
 
@@ -101,10 +103,11 @@ def _option(name):
         if k not in DEFAULTS: raise ValueError(f'settings: no option {k!r}{did_you_mean(k, DEFAULTS)}')
     s = DEFAULTS | name
     if s['activation'] not in GAINS: raise ValueError(f"activation: got {s['activation']!r}{did_you_mean(s['activation'], GAINS)}")
-    if s['utility'] not in ('adaptable', 'contribution'): raise ValueError(f"utility: got {s['utility']!r}, takes 'adaptable' or 'contribution'")
+    if s['utility'] not in ('adaptable', 'contribution'):
+        raise ValueError(f"utility: got {s['utility']!r}, takes 'adaptable' or 'contribution'")
     return s
 
-# %% ../nbs/13a_slow_regression.ipynb #ae8109d5
+# %% ../nbs/13a_slow_regression.ipynb #1c633f00
 class Learners:
     "Online learners, one for each setting and problem, as one population of tensors"
     def __init__(self,
@@ -130,7 +133,9 @@ class Learners:
 
     def _start(self, seeds):
         "Weights of (members, units, inputs + 1), the last column the bias; outgoing weights (members, units), output bias"
-        def rows(name, *shape): return torch.stack([torch.rand(shape, generator=generator(s, name))*2 - 1 for s in seeds]).to(self.device)[self.stream]
+        def rows(name, *shape):
+            drawn = torch.stack([torch.rand(shape, generator=generator(s, name))*2 - 1 for s in seeds])
+            return drawn.to(self.device)[self.stream]
         linear = self.free[:, None] == 0
         n, first = len(self), torch.arange(self.units, device=self.device) == 0
         self.w = rows('in', self.units, self.inputs)*self.bound[:, None, None]
@@ -140,7 +145,7 @@ class Learners:
         self.mean, self.utility, self.age = (torch.zeros(n, self.units, device=self.device) for _ in range(3))
         self.keys = torch.tensor([stream_seed(s, 'replace') & 0xffffffff for s in seeds], device=self.device)[self.stream]
 
-# %% ../nbs/13a_slow_regression.ipynb #07d37039
+# %% ../nbs/13a_slow_regression.ipynb #76b6e0f9
 def learn(
     s, # `Learners`
     x, # inputs with a last 1 (members, inputs + 1)
@@ -164,7 +169,7 @@ def learn(
     s.c.sub_(push)
     return e, h
 
-# %% ../nbs/13a_slow_regression.ipynb #805733d8
+# %% ../nbs/13a_slow_regression.ipynb #f199174f
 def _uniform(keys, counter, size): # (n,), (n,) -> (n, size) in [-1, 1)
     at = torch.arange(size, device=keys.device)
     return (mix(mix(keys ^ mix(counter))[:, None] ^ at[None]) >> 8).float()*2**-23 - 1
@@ -196,7 +201,7 @@ def _put(s, due, mean, utility):
     for t in (s.v, s.mean, s.utility, s.age): t[all_, k] = torch.where(due, 0., t[all_, k])
     s.replaced += due.float()
 
-# %% ../nbs/13a_slow_regression.ipynb #02dc2e1e
+# %% ../nbs/13a_slow_regression.ipynb #1130a833
 def _parts(s):
     "(slice, view of those members) for each run of members with a replacement rate"
     on = [False, *(s.rate > 0).tolist(), False]
@@ -219,14 +224,15 @@ def _plain(s, words, y, chunk=250):
             total.addcmul_(e, e)
     return total
 
-# %% ../nbs/13a_slow_regression.ipynb #f8e47a27
+# %% ../nbs/13a_slow_regression.ipynb #8baa6d65
 def _kernel():
     "The Triton kernel, compiled at first use"
-    global triton, tl, _KERNEL
+    global triton, tl, _scramble, _KERNEL
     if _KERNEL is not None: return _KERNEL
     try:
         import triton, triton.language as tl
-    except ImportError as e: raise ImportError("engine='triton' needs Triton, which comes with PyTorch for CUDA on Linux: pip install triton; or take engine='torch'") from e
+    except ImportError as e:
+        raise ImportError("engine='triton' needs Triton, which comes with PyTorch for CUDA on Linux; without it take engine='torch'") from e
 
     @triton.jit
     def scramble(x):
@@ -234,19 +240,22 @@ def _kernel():
         x = (x ^ (x >> 15)) * 0x846ca68b
         return x ^ (x >> 16)
 
-    globals()['_scramble'] = scramble
+    _scramble = scramble
 
     @triton.jit
-    def steps(X, Y, STREAM, W, V, C, EXPOSED, REPLACED, MEAN, UTIL, AGE, KEY, NUMBERS, OUT, T, I: tl.constexpr, U: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    def steps(X, Y, STREAM, W, V, C, EXPOSED, REPLACED, MEAN, UTIL, AGE, KEY, NUMBERS, OUT, T,
+              I: tl.constexpr, U: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         i = tl.program_id(0)
         u, j = tl.arange(0, H), tl.arange(0, D)
         live, unit = (u[:, None] < U) & (j[None, :] <= I), u < U
         w = tl.load(W + i*U*(I + 1) + u[:, None]*(I + 1) + j[None, :], mask=live, other=0.)
         v = tl.load(V + i*U + u, mask=unit, other=0.)
-        mean, util, age = tl.load(MEAN + i*U + u, mask=unit, other=0.), tl.load(UTIL + i*U + u, mask=unit, other=0.), tl.load(AGE + i*U + u, mask=unit, other=0.)
+        mean, util = tl.load(MEAN + i*U + u, mask=unit, other=0.), tl.load(UTIL + i*U + u, mask=unit, other=0.)
+        age = tl.load(AGE + i*U + u, mask=unit, other=0.)
         c, exposed, replaced = tl.load(C + i), tl.load(EXPOSED + i), tl.load(REPLACED + i)
-        lr, wd, rate, eta, maturity = tl.load(NUMBERS + i*10), tl.load(NUMBERS + i*10 + 1), tl.load(NUMBERS + i*10 + 2), tl.load(NUMBERS + i*10 + 3), tl.load(NUMBERS + i*10 + 4)
-        adaptable, slope, tanh, free, bound = tl.load(NUMBERS + i*10 + 5), tl.load(NUMBERS + i*10 + 6), tl.load(NUMBERS + i*10 + 7), tl.load(NUMBERS + i*10 + 8), tl.load(NUMBERS + i*10 + 9)
+        at = NUMBERS + i*10
+        lr, wd, rate, eta, maturity = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+        adaptable, slope, tanh, free, bound = tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9)
         key, stream = tl.load(KEY + i).to(tl.uint32), tl.load(STREAM + i)
         pull, total, log_eta = lr*wd, 0., tl.log(eta)
         for t in range(T):
@@ -293,18 +302,20 @@ def _kernel():
     _KERNEL = steps
     return steps
 
-_KERNEL = None
+_KERNEL = _scramble = None
 
-# %% ../nbs/13a_slow_regression.ipynb #0d32d4d5
+# %% ../nbs/13a_slow_regression.ipynb #8b174ef9
 def _fused(s, words, y):
     "The same in one kernel"
     out = torch.zeros(len(s), device=s.device)
-    numbers = torch.stack([v.float() for v in (s.lr, s.weight_decay, s.rate, s.decay, s.maturity, s.adaptable, s.slope, s.tanh, s.free, s.bound)], 1).contiguous()
-    _kernel()[(len(s),)](words.contiguous(), y.contiguous(), s.stream, s.w, s.v, s.c, s.exposed, s.replaced, s.mean, s.utility, s.age, s.keys,
-                         numbers, out, words.shape[1], s.inputs, s.units, triton.next_power_of_2(s.units), triton.next_power_of_2(s.inputs + 1), num_warps=1)
+    numbers = s.lr, s.weight_decay, s.rate, s.decay, s.maturity, s.adaptable, s.slope, s.tanh, s.free, s.bound
+    numbers = torch.stack([v.float() for v in numbers], 1).contiguous()                # (members, 10)
+    high, wide = 2**(s.units - 1).bit_length(), 2**s.inputs.bit_length()               # powers of two that hold units, inputs + 1
+    _kernel()[(len(s),)](words.contiguous(), y.contiguous(), s.stream, s.w, s.v, s.c, s.exposed, s.replaced, s.mean, s.utility, s.age,
+                         s.keys, numbers, out, words.shape[1], s.inputs, s.units, high, wide, num_warps=1)
     return out
 
-ENGINES = dict(torch=_plain, triton=_fused)
+ENGINES = 'torch', 'triton'
 
 def run(
     s, # `Learners`, changed in place
@@ -314,9 +325,9 @@ def run(
 ) -> torch.Tensor: # sum of squared errors (members,)
     "Learn these examples, one after another"
     if engine not in ENGINES: raise ValueError(f'engine: got {engine!r}{did_you_mean(engine, ENGINES)}')
-    return ENGINES[engine](s, words, y)
+    return _fused(s, words, y) if engine == 'triton' else _plain(s, words, y)
 
-# %% ../nbs/13a_slow_regression.ipynb #0d1ca833
+# %% ../nbs/13a_slow_regression.ipynb #b6aeb449
 def slow_regression(
     settings=None, # names of `SETTINGS` or dicts; all if None
     seeds:int=100, # problems for each setting
@@ -334,7 +345,7 @@ def slow_regression(
     tasks = examples // every
     if tasks % bins: raise ValueError(f'bins: got {bins}, takes a divisor of the {tasks} tasks')
     kinds = [k for k in (True, False) if any(o['redraw'] is k for o in options)]
-    start, sums, rows, replaced, differs, stepping = time.perf_counter(), {}, {}, {}, 0., 0.
+    start, sums, replaced, differs, stepping = time.perf_counter(), {}, {}, 0., 0.
     for kind in kinds:
         mine = [i for i, o in enumerate(options) if o['redraw'] is kind]
         problems = Bits(ids, examples, every, redraw=kind, device=device)
@@ -344,12 +355,13 @@ def slow_regression(
         stepping += took
         for i, e, r in zip(mine, out.view(tasks, len(mine), seeds).unbind(1), s.replaced.view(len(mine), seeds), strict=True):
             sums[i], replaced[i] = (e/every).view(bins, tasks//bins, seeds).mean(1), r.mean().item()
-    for i, n in enumerate(names): rows[i] = _row(n if isinstance(n, str) else f'setting {i}', options[i], sums[i])
-    return dict(table=Table(rows[i] for i in range(len(names))), curves=torch.stack([sums[i].mean(1) for i in range(len(names))]).tolist(),
-                seconds=dict(stepping=stepping, all=time.perf_counter() - start), replaced=[replaced[i] for i in range(len(names))],
-                difference=differs, engine=engine, seeds=seeds, examples=examples)
+    order = range(len(names))
+    rows = [_row(n if isinstance(n, str) else f'setting {i}', options[i], sums[i]) for i, n in enumerate(names)]
+    return dict(table=Table(rows), curves=[sums[i].mean(1).tolist() for i in order], replaced=[replaced[i] for i in order],
+                seconds=dict(stepping=stepping, all=time.perf_counter() - start), difference=differs, engine=engine, seeds=seeds,
+                examples=examples)
 
-# %% ../nbs/13a_slow_regression.ipynb #0a9a0051
+# %% ../nbs/13a_slow_regression.ipynb #50bf9795
 def _tasks(s, problems, engine):
     "Squared errors of every task (tasks, members), and the seconds spent on steps"
     out, took, sync = [], 0., torch.cuda.synchronize if s.device.type == 'cuda' else lambda: None
@@ -373,5 +385,6 @@ def _row(name, option, errors): # errors (bins, seeds)
     first, last = errors[:2].mean(0), errors[-5:].mean(0)
     def se(v): return (v.std()/math.sqrt(len(v))).item() if len(v) > 1 else float('nan')
     said = option['published']
-    return dict(setting=name, published=f'{said[0]:.2f} -> {said[1]:.2f}' if said else None, ours=f'{first.mean():.3f} -> {last.mean():.3f}',
+    return dict(setting=name, published=f'{said[0]:.2f} -> {said[1]:.2f}' if said else None,
+                ours=f'{first.mean():.3f} -> {last.mean():.3f}',
                 first=first.mean().item(), first_se=se(first), last=last.mean().item(), last_se=se(last))
