@@ -305,7 +305,7 @@ def stats_of(
 # %% ../nbs/04_monitors.ipynb #b33622c8
 class Watch:
     "Records of one forward (and backward) pass through chosen layers"
-    def __init__(self, layers, state, rows=1024, gradients=True, batch=None, axis=None, cache=None, all_images=False):
+    def __init__(self, layers, state, rows=512, gradients=True, batch=None, axis=None, cache=None, all_images=False):
         self.all_images, self.grad_handles = all_images, []
         self.layers, self.state, self.rows, self.gradients, self.batch = layers, state, rows, gradients, batch
         self.axis, self.cache, self.records, self.waiting, self.calls, self.handles = axis or {}, cache, [], 0, {}, []
@@ -391,7 +391,7 @@ class Monitor:
         layers=None, # name pattern, type, predicate, module, or a list of those; None: conv, linear and activation modules
         every=10, # measure every n-th training step
         gradients=True, # also the gradients with respect to the layers' outputs
-        rows=1024, # most rows of a layer looked at in one measured step; None: all
+        rows=512, # most rows of a layer looked at in one measured step; None: all
         loss_reduction='mean', # of the loss: 'mean' over the batch, 'sum', or a number that gradients are multiplied by
         scale=None, # what the loss is multiplied by: number, tensor or `torch.amp.GradScaler`
         axis=None, # {layer name: axis of its units} where the rule is wrong
