@@ -8,7 +8,7 @@ __all__ = ['EVALUATE', 'MaskClasses', 'average_accuracy', 'backward_transfer', '
            'load_state_dict', 'matrix', 'summary', 'continual', 'plot_matrix', 'plot_forgetting', 'plot_online',
            'aged_and_fresh', 'TrainabilityProbe', 'continual_training']
 
-# %% ../nbs/11_continual.ipynb #d0ada18d
+# %% ../nbs/11_continual.ipynb #20a65fff
 import math
 
 import torch
@@ -18,7 +18,7 @@ from .results import Table, did_you_mean, method, seeded
 from .streams import STREAMS, Stream, Task, check_labels, make_stream, register_stream, whole  # noqa: F401 (used through here)
 from .training import Callback, Trainer
 
-# %% ../nbs/11_continual.ipynb #3350a599
+# %% ../nbs/11_continual.ipynb #2cfb4978
 class MaskClasses(Callback):
     "Only these outputs compete, in training and in evaluation"
     order = -10
@@ -52,7 +52,7 @@ class MaskClasses(Callback):
     def state_dict(self): return dict(classes=self.classes)
     def load_state_dict(self, state): self.set(state['classes'])
 
-# %% ../nbs/11_continual.ipynb #1efc9d71
+# %% ../nbs/11_continual.ipynb #895814ff
 def _matrix(matrix, least=2):
     "A float64 matrix (tasks, tasks), NaN where nothing was measured"
     if isinstance(matrix, (list, tuple)):
@@ -90,7 +90,7 @@ def forward_transfer(
     if len(b) != len(r): raise ValueError(f'initial: got {len(b)} values for {len(r)} tasks')
     return _mean(r.diagonal(1) - b[1:], 'forward transfer')
 
-# %% ../nbs/11_continual.ipynb #2e256ff7
+# %% ../nbs/11_continual.ipynb #3788dd1b
 def forgetting(
     matrix, # R (tasks, tasks)
     after:int=None # tasks learned, 2 or more; all if None
@@ -102,7 +102,7 @@ def forgetting(
     best = r[:k - 1, :k - 1].nan_to_num(nan=-math.inf).amax(0)
     return _mean(best - r[k - 1, :k - 1], 'forgetting')
 
-# %% ../nbs/11_continual.ipynb #02e9aff4
+# %% ../nbs/11_continual.ipynb #592ed5c7
 EVALUATE = ('all', 'seen', 'current', 'none')
 
 class Continual(Callback):
@@ -128,7 +128,7 @@ class Continual(Callback):
         self.index, self.ended, self.names = -1, 0, []  # task begun, tasks ended, names of those begun
         self.rows, self.reports, self.start = Table(), Table(), None
 
-# %% ../nbs/11_continual.ipynb #2de3dac2
+# %% ../nbs/11_continual.ipynb #82508ab9
 @method(Continual)
 def ask(self, trainer, index):
     "Loss and accuracy on a task, among the outputs that compete now"
@@ -167,7 +167,7 @@ def _measure(self, trainer):
     rows = report(trainer.model, trainer.data.probe(self.probe), **(dict(loss=loss) | self.report))
     return [dict(task=self.index + 1, step=trainer.step, **r) for r in rows]
 
-# %% ../nbs/11_continual.ipynb #ec6b7637
+# %% ../nbs/11_continual.ipynb #a6f6187a
 @method(Continual)
 def before_fit(self, trainer):
     "Begin the first task, or go on with the present one"
@@ -213,7 +213,7 @@ def after_epoch(self, trainer):
     if self.ended == len(self.stream): trainer.stop = True
     else: self._begin(trainer, self.ended)
 
-# %% ../nbs/11_continual.ipynb #cd53e94c
+# %% ../nbs/11_continual.ipynb #81bfab53
 @method(Continual)
 def _reset(self, trainer, index):
     "Put the network back, in place, so that the optimizer and hooks still hold its parameters"
@@ -244,7 +244,7 @@ def load_state_dict(self, state):
     self.index, self.ended, self.names, self.start = state['index'], state['ended'], list(state['names']), state['start']
     self.rows, self.reports = Table(state['rows']), Table(state['reports'])
 
-# %% ../nbs/11_continual.ipynb #666e6b14
+# %% ../nbs/11_continual.ipynb #a65327ed
 def _entries(self, key=None):
     "R (tasks, tasks) and b (tasks,), NaN where nothing was measured"
     r = torch.full((len(self.stream) + 1, len(self.stream)), math.nan, dtype=torch.float64)
@@ -272,7 +272,7 @@ def _tasks(self):
 
 Continual.tasks = property(_tasks)
 
-# %% ../nbs/11_continual.ipynb #5c8095cb
+# %% ../nbs/11_continual.ipynb #9bfe9233
 @method(Continual)
 def summary(self) -> dict: # what was measured of: average, backward and forward transfer, forgetting, online
     "The run in a few numbers"
@@ -290,7 +290,7 @@ def __repr__(self):
     said = ', '.join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in (self.summary() if self.ended else {}).items())
     return f'{self.stream.name}: {self.ended} of {len(self.stream)} tasks learned' + (f'; {said}' if said else '')
 
-# %% ../nbs/11_continual.ipynb #213debec
+# %% ../nbs/11_continual.ipynb #ad134a51
 def continual(
     trainer, # a `Trainer`, or a function () that makes one
     stream:Stream,
@@ -313,7 +313,7 @@ def continual(
         trainer.fit()
     return run
 
-# %% ../nbs/11_continual.ipynb #91bfa673
+# %% ../nbs/11_continual.ipynb #b4676fa1
 def plot_matrix(
     run, # a `Continual`, or a matrix R (tasks, tasks)
     key:str=None, # 'accuracy' or 'loss'; None: accuracy where there is one
@@ -346,7 +346,7 @@ def _write_cells(ax, r, image):
             dark = image.norm(v) < .55
             if not math.isnan(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='white' if dark else 'black')
 
-# %% ../nbs/11_continual.ipynb #028bab17
+# %% ../nbs/11_continual.ipynb #e3cb3bb5
 def plot_forgetting(
     run, # a `Continual`, or a matrix R (tasks, tasks)
     key:str=None, # 'accuracy' or 'loss'; None: accuracy where there is one
@@ -368,7 +368,7 @@ def plot_forgetting(
         if n <= 10: a.legend(loc='center left', bbox_to_anchor=(1.01, .5))
     return fig
 
-# %% ../nbs/11_continual.ipynb #d4a5d361
+# %% ../nbs/11_continual.ipynb #f361d335
 def plot_online(
     curves:dict, # panel -> line -> curves (runs, tasks), or one panel's dict
     y:str='online accuracy', # the axis
@@ -395,7 +395,7 @@ def _band(ax, runs, name, colour, window):
     ax.plot(x, v.mean(0), color=colour, label=name)
     if len(v) > 1: ax.fill_between(x, v.amin(0), v.amax(0), color=colour, alpha=.2, linewidth=0)
 
-# %% ../nbs/11_continual.ipynb #1158badc
+# %% ../nbs/11_continual.ipynb #a12f3a97
 def aged_and_fresh(
     make_trainer, # function () -> `Trainer`, the same each time
     stream:Stream,
@@ -414,7 +414,7 @@ def aged_and_fresh(
         out.append(where | dict(aged=a[key], fresh=f[key], gap=a[key] - f[key]))
     return out
 
-# %% ../nbs/11_continual.ipynb #dfee4d2d
+# %% ../nbs/11_continual.ipynb #de88c26d
 class TrainabilityProbe(Callback):
     "Before each task: how well a copy of the network learns, against a fresh one, see `plasticity.metrics.trainability`"
     def __init__(self,
@@ -436,7 +436,7 @@ class TrainabilityProbe(Callback):
     def state_dict(self): return dict(rows=list(self.rows))
     def load_state_dict(self, state): self.rows = Table(state['rows'])
 
-# %% ../nbs/11_continual.ipynb #0b0413f9
+# %% ../nbs/11_continual.ipynb #fa28de53
 def continual_training(
     make_trainer, # function () -> `Trainer` on `data`, or a trainer
     data:Data, # what the tasks are made of
