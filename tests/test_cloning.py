@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from plasticity.cloning import Expand, Until, clone, cloning, compare, deviation, scatter
+from plasticity.cloning import Expand, Paths, Until, abreast, clone, cloning, compare, deviation, escape, scatter
 from plasticity.data import get_data
 from plasticity.edits import EditRecord, replay
 from plasticity.metrics import clone_r2
@@ -297,7 +297,8 @@ def test_command(tmp_path, monkeypatch):
     whole = cloning(Experiment(tmp_path/'whole'), **options)
     assert whole.epoch == 5 and whole.model.sizes()['hidden_sizes'] == (24, 24)
     rows = [json.loads(line) for line in (tmp_path/'whole'/'cloning.jsonl').read_text().splitlines()]
-    assert [(r['epoch'], r['expansions']) for r in rows if r['layer'] == 'all' and r['metric'] == 'clone_r2'] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    seen = [(r['epoch'], r['expansions']) for r in rows if r['layer'] == 'all' and r['metric'] == 'clone_r2']
+    assert seen == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
     for stop in (2, 4, 6, 9, 17, 'base'):
         e = Experiment(tmp_path/f'{stop}')
         e.more = [Stop(stop)]
@@ -310,3 +311,34 @@ def test_command(tmp_path, monkeypatch):
         for a, b in zip(whole.model.state_dict().values(), t.model.state_dict().values(), strict=True): assert torch.equal(a, b), stop
         again = [json.loads(line) for line in (tmp_path/f'{stop}'/'cloning.jsonl').read_text().splitlines()]
         assert again == rows, stop
+
+def test_escape():
+    "One run, and what it reports"
+    data = small_data()
+    out = escape(data, 'mlp', dict(hidden_sizes=(6, 6), normalization='batch'), (1, 2), optimizer='sgd', lr=.05, device='cpu', every=1, probe=32)
+    assert out['clone_r2'] > 1 - 1e-6 and out['deviation'] < 1e-6 and out['base_epochs'] == 1 and out['epochs'] == 3
+    assert out['r2'] == [[1, 2, 3], out['r2'][1]] and {'base_loss', 'clone_test_accuracy', 'base_effective_rank', 'clone_r2_joudaki'} <= out.keys()
+    assert json.loads(json.dumps(out)) == out
+    noisy = escape(data, 'mlp', dict(hidden_sizes=(6, 6)), (1, 1), optimizer='noisy_sgd', lr=.05, device='cpu', probe=32)
+    assert noisy['clone_r2'] < 1 and noisy['deviation'] > 1e-6
+
+def test_abreast(tmp_path):
+    "Processes beside each other clone and stop at the same epochs; a failure is told"
+    job = dict(data=dict(name='spirals'), model='mlp', options=dict(hidden_sizes=(6,)), optimizer='sgd', lr=.05, device='cpu', probe=32, every=1)
+    out = abreast([[dict(job, arm=a, seed=0, seconds=.5), dict(job, arm=a, seed=1, seconds=.2)] for a in ('a', 'b')])
+    assert sorted((r['arm'], r['seed']) for r in out) == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
+    for seed in (0, 1):
+        a, b = (next(r for r in out if r['arm'] == k and r['seed'] == seed) for k in 'ab')
+        assert a['epochs'] == b['epochs'] > a['base_epochs'] == b['base_epochs'] and a['clone_loss'] == b['clone_loss']
+    with pytest.raises(ValueError, match='nonsense'): abreast([[dict(job, arm='a', seed=0, seconds=.1, data=dict(name='nonsense'))]])
+
+def test_paths():
+    "Twins stay one point, and drift with noise"
+    gap = {}
+    for how in ('sgd', 'noisy_sgd'):
+        p = Paths('layers.1.act', (1, 3), probe=32)
+        trainer([Expand([1], probe=0), p], optimizer=how).fit(3)
+        xy = p.project()['xy']
+        assert xy.shape == (2, 16, 2) and (xy[0, ::2] - xy[0, 1::2]).abs().max() < 1e-5
+        gap[how] = (xy[1, ::2] - xy[1, 1::2]).norm(dim=-1).max()
+    assert gap['sgd'] < 1e-4 < gap['noisy_sgd']
