@@ -8,7 +8,7 @@ __all__ = ['EDITS', 'STARTS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 't
            'prune', 'Reset', 'reset', 'to_json', 'save', 'load_record', 'replay', 'Deepen', 'deepen', 'Connect',
            'Disconnect', 'connect', 'disconnect']
 
-# %% ../nbs/08_edits.ipynb #9f8602c4
+# %% ../nbs/08_edits.ipynb #c2f771b1
 import hashlib, json
 from dataclasses import dataclass, field, fields
 
@@ -21,10 +21,10 @@ from .results import Table, did_you_mean, generator, method, write_atomic
 from .starts import chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread
 from .depth import TwinAttention, deeper, twin_attention
 from .surgery import Surgeon, find, newcomers, no_waiting_graph, operation, owner, set_data, unwrapped, write
-from .trial import as_examples, quiet, trial_of
+from .trial import as_examples, quiet, relative, tensors_in, trial_of
 from .units import EditError, LastUnits, units
 
-# %% ../nbs/08_edits.ipynb #78c4da62
+# %% ../nbs/08_edits.ipynb #6cbf8a03
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -44,7 +44,9 @@ class Edit:
 
     def __post_init__(self):
         object.__setattr__(self, 'given', getattr(self, 'group', None))
-        for f in fields(self): object.__setattr__(self, f.name, _plain(_name(getattr(self, f.name))))
+        for f in fields(self):
+            v = getattr(self, f.name)
+            object.__setattr__(self, f.name, _plain(_name(v) if f.name == 'group' else v))
 
     def to_json(self): return dict(edit=type(self).__name__) | {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -74,7 +76,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/08_edits.ipynb #d86c8449
+# %% ../nbs/08_edits.ipynb #d3840faf
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -103,7 +105,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/08_edits.ipynb #74463af3
+# %% ../nbs/08_edits.ipynb #3faa7957
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -117,13 +119,16 @@ def group(self,
     if isinstance(given, (str, int, tuple)): g = self.base[given]
     else:
         known = [*self.base, *self.base.fixed]
-        g = next((b for b in known if b is given), None) or next((b for b in known if b.signature == given.signature), None)
+        g = next((b for b in known if b is given), None) or next((b for b in known if _alike(b, given)), None)
         if g is None: raise EditError(f'{given.name}: these units are of the model before an edit; take them from units(model, examples) again')
     maps, n = self.now.setdefault(id(g), [dict(g.maps), g.n])
     error, reason = g.blocked.get(verb, (None, None))
     if error and not (approx and error == 'MixedUnits') and not (error == 'LastUnits' and n > 1):
         raise getattr(plasticity.units, error)(f'{verb} {g.name}: {reason}')
     return g, maps, n
+
+def _alike(a, b): # two groups with the same positions
+    return a.maps.keys() == b.maps.keys() and all(torch.equal(v, b.maps[k]) for k, v in a.maps.items())
 
 @method(edit)
 def moved(self, key, order, but=()):
@@ -134,7 +139,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/08_edits.ipynb #984b3bd2
+# %% ../nbs/08_edits.ipynb #694dbf8a
 @method(edit)
 def do(self,
     edit, # an Edit
@@ -183,7 +188,7 @@ def attempt(self, surgeon, plan):
     plan.run(surgeon); surgeon.keep_sizes(plan.names)
     return self.trial.check(surgeon, promised, plan.names, plan.sizes, plan.exact)
 
-# %% ../nbs/08_edits.ipynb #9deed115
+# %% ../nbs/08_edits.ipynb #bf697bce
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -230,7 +235,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/08_edits.ipynb #7ee77e7e
+# %% ../nbs/08_edits.ipynb #2bff63ec
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -250,7 +255,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #2e2b44db
+# %% ../nbs/08_edits.ipynb #2e9e4734
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -292,7 +297,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #3ffa2148
+# %% ../nbs/08_edits.ipynb #4055fbc5
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -317,7 +322,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #8ce8e934
+# %% ../nbs/08_edits.ipynb #f90ec9db
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -342,7 +347,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #3a08a8b2
+# %% ../nbs/08_edits.ipynb #ee9d6de5
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -371,7 +376,7 @@ def _begun(plan, edit, session, g, maps, copies):
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #f840aba1
+# %% ../nbs/08_edits.ipynb #05cb7a04
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -381,7 +386,7 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #312c81c7
+# %% ../nbs/08_edits.ipynb #5dc292a2
 @method(edit)
 def best_values(self,
     edit, # a Widen
@@ -403,7 +408,7 @@ def best_values(self,
         r = find(model, n).data
         cols = u.view(r.shape[0], *r.shape[2:], edit.k).movedim(-1, 1)
         outward[n, 1] = (cols * r.double().transpose(0, 1).flatten(1).norm(dim=1).mean()).to(r)
-    if self.slopes(edit, g, maps, at, outward, [(made, 0)]).abs().max() > 0: return outward
+    if self.slopes(edit, g, maps, at, outward, [(made, 0)], kept=True).abs().max() > 0: return outward
     return self.signed(edit, g, maps, at, inward, made)
 
 @method(edit)
@@ -416,21 +421,24 @@ def signed(self, edit, g, maps, at, inward, made):
     return inward | {(made, 0): inward[made, 0] * sign.view(-1, *[1] * (inward[made, 0].dim() - 1))}
 
 @method(edit)
-def slopes(self, edit, g, maps, at, values, keys): # gradient norm of each new unit at these places (k,)
+def slopes(self, edit, g, maps, at, values, keys, kept=False): # gradient norm of each new unit at these places (k,); 0 where the output moves
     s, model = Surgeon(self.model), self.model
+    (args, kwargs), = as_examples(self.data[0])
+    with quiet(model): before = tensors_in(model(*args, **kwargs))
     copies = sources(maps[keys[0]].shape[0], edit.k, edit.source, edit.seed)
     try:
         for t, d in maps: s.run(dict(op='take', tensor=t, dim=d, order=spread(maps[t, d], find(model, t).shape[d], copies)[0]))
         filled(s, g, at, edit.seed, values=values)
         s.keep_sizes(g.tensors)
-        (args, kwargs), = as_examples(self.data[0])
         with quiet(model), torch.enable_grad():
-            value = self.loss(model(*args, **kwargs), self.data[1])
+            y = model(*args, **kwargs)
+            value = self.loss(y, self.data[1])
+            if kept and relative([t.detach() for t in tensors_in(y)], before) > 1e-3: return torch.zeros(edit.k)
             grads = torch.autograd.grad(value, [find(model, t) for t, _ in keys])
         return sum(v.index_select(d, at[t, d].to(v.device)).movedim(d, 0).flatten(1).square().sum(1) for v, (t, d) in zip(grads, keys, strict=True)).sqrt()
     finally: s.rollback()
 
-# %% ../nbs/08_edits.ipynb #52546e45
+# %% ../nbs/08_edits.ipynb #31a008f8
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -469,7 +477,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #ca531316
+# %% ../nbs/08_edits.ipynb #98c18eda
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -511,7 +519,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #7a7ff45c
+# %% ../nbs/08_edits.ipynb #221fa612
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -559,7 +567,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #339c357f
+# %% ../nbs/08_edits.ipynb #eac7ff74
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -599,7 +607,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/08_edits.ipynb #d6e3eab2
+# %% ../nbs/08_edits.ipynb #e70ff454
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order
@@ -627,7 +635,7 @@ def replay(
     edits = [e for r in (record if isinstance(record, (list, tuple)) else [record]) for e in r.edits]
     return EditRecord(edits, s.ops, s.undo)
 
-# %% ../nbs/08_edits.ipynb #933dc7cf
+# %% ../nbs/08_edits.ipynb #c5ae6e5a
 @dataclass(frozen=True)
 class Deepen(Edit):
     "Insert a layer behind a module; the function stays"
@@ -656,7 +664,7 @@ def deepen(self,
     "Insert a layer; the function stays"
     return self.do(Deepen(at, **options))
 
-# %% ../nbs/08_edits.ipynb #0bee6757
+# %% ../nbs/08_edits.ipynb #c1719f49
 def _layer(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -695,7 +703,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/08_edits.ipynb #4712e21c
+# %% ../nbs/08_edits.ipynb #a4d9eadd
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
@@ -724,7 +732,7 @@ def _row_peak(slot, rows):
     "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
     return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
 
-# %% ../nbs/08_edits.ipynb #e24f10bd
+# %% ../nbs/08_edits.ipynb #3a674199
 def _links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)

@@ -7,7 +7,7 @@ __all__ = ['MOMENTS', 'OPS', 'KEPT', 'owner', 'find', 'unwrapped', 'set_data', '
            'Surgeon', 'slots', 'states', 'say', 'take', 'put', 'write', 'scale', 'unscale', 'newcomers', 'store',
            'mark', 'rollback', 'run', 'operation', 'kept_sizes', 'keep_sizes']
 
-# %% ../nbs/07c_surgery.ipynb #712f8e14
+# %% ../nbs/07c_surgery.ipynb #cfad7207
 import gc, warnings
 from collections import OrderedDict
 
@@ -18,7 +18,7 @@ from torch import nn
 from .results import Table, did_you_mean, method
 from .units import LiveGraph, WrappedModel
 
-# %% ../nbs/07c_surgery.ipynb #711f27bd
+# %% ../nbs/07c_surgery.ipynb #4558824f
 def owner(
     model, # any module
     name:str, # of a parameter or buffer, 'layers.0.weight'
@@ -39,7 +39,7 @@ def find(
     t = module._parameters.get(leaf)
     return t if t is not None else module._buffers.get(leaf)
 
-# %% ../nbs/07c_surgery.ipynb #31fca086
+# %% ../nbs/07c_surgery.ipynb #dbf360c5
 _COPIED = dict(DistributedDataParallel='edit `wrapped.module` after deleting the wrapper, then wrap it again (every rank with the same seed)',
                FullyShardedDataParallel='edit the model before it is sharded', FSDPModule='edit the model before it is sharded',
                ScriptModule='edit the Python model, then script it again', GraphModuleInference='edit the model it was exported from')
@@ -56,7 +56,7 @@ def unwrapped(
     if hasattr(model, '_orig_mod'): return unwrapped(model._orig_mod)
     return unwrapped(model.module) if isinstance(model, nn.DataParallel) else model
 
-# %% ../nbs/07c_surgery.ipynb #a710db97
+# %% ../nbs/07c_surgery.ipynb #02d8848e
 def set_data(
     t, # a parameter or buffer
     new, # its new contents, any shape
@@ -69,7 +69,7 @@ def set_data(
     t.data = new
     if grad is not None and grad.shape == new.shape and grad.dtype == new.dtype: t.grad = grad
 
-# %% ../nbs/07c_surgery.ipynb #8c3c6456
+# %% ../nbs/07c_surgery.ipynb #095a9b1c
 def held(
     t, # a parameter
 )->bool:
@@ -96,7 +96,7 @@ def _waiting(root, marked):
         if state != 'freed': stack += [n for n, _ in node.next_functions]
     return hit and ('kept' in states or 'freed' not in states)
 
-# %% ../nbs/07c_surgery.ipynb #3c3922f7
+# %% ../nbs/07c_surgery.ipynb #3a0b3c5d
 def no_waiting_graph(
     named:dict, # name -> parameter to be changed
 ):
@@ -114,7 +114,7 @@ def no_waiting_graph(
     raise LiveGraph(f'{next(iter(names))}: an autograd graph that has not been used holds {len(names)} of the parameters to change '
                     '(a loss or output kept from before, or a wrapper such as DDP); call backward on it, detach it or delete it first')
 
-# %% ../nbs/07c_surgery.ipynb #41e6a74a
+# %% ../nbs/07c_surgery.ipynb #bbdbce7a
 _ADAM = dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'peak'), max_exp_avg_sq=(2, 'peak'))
 MOMENTS = dict( # optimizer -> state -> (power of the outgoing share, what a unit without a past gets)
     SGD=dict(momentum_buffer=(1, 'zero')), Muon=dict(momentum_buffer=(1, 'zero')),
@@ -131,7 +131,7 @@ def moments(
     "What the states of this optimizer mean"
     return next((MOMENTS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in MOMENTS), None)
 
-# %% ../nbs/07c_surgery.ipynb #5c2e13f1
+# %% ../nbs/07c_surgery.ipynb #48f514ae
 class Slot:
     "One tensor that has the places of a parameter"
     def __init__(self,
@@ -148,7 +148,7 @@ class Slot:
 
     def __repr__(self): return f'{self.path} {tuple(self.tensor.shape)}'
 
-# %% ../nbs/07c_surgery.ipynb #989960bd
+# %% ../nbs/07c_surgery.ipynb #72ac72f0
 class Surgeon:
     "Changes tensors of a model with all that follows them, and keeps what going back needs"
     def __init__(self,
@@ -173,7 +173,7 @@ class Surgeon:
 
     def __repr__(self): return f'Surgeon({type(self.model).__name__}, {len(self.optimizers)} optimizers, {len(self.ema)} followers)'
 
-# %% ../nbs/07c_surgery.ipynb #236497d6
+# %% ../nbs/07c_surgery.ipynb #a91bb3b5
 @method(Surgeon)
 def slots(self,
     name:str, # of a parameter or buffer
@@ -195,6 +195,7 @@ def states(self, optimizer, t, prefix):
     "The states of one parameter that have its places"
     rules, state, out = moments(optimizer), optimizer.state[t], []
     settings = next((g for g in optimizer.param_groups if any(p is t for p in g['params'])), {})
+    if 'step' in state: settings = settings | dict(step=state['step'])
     for k, v in state.items():
         if isinstance(v, torch.Tensor) and v.dim() == 0: continue
         fits = isinstance(v, torch.Tensor) and v.dim() == t.dim() and all(a in (1, b) for a, b in zip(v.shape, t.shape, strict=True))
@@ -210,7 +211,7 @@ def say(self, optimizer, key, value, fits):
     done = 'indexed like its parameter, not rescaled' if fits else 'left as it is'
     warnings.warn(f'{name[0]}: its state {key!r} is {done}; add {name[0]} to plasticity.surgery.MOMENTS to say what it means', stacklevel=2)
 
-# %% ../nbs/07c_surgery.ipynb #0247d4b0
+# %% ../nbs/07c_surgery.ipynb #48c91287
 def _along(v, t, dim):
     "A vector shaped to multiply `t` along `dim`"
     return v.to(t.device).view([-1 if i == dim % t.dim() else 1 for i in range(t.dim())])
@@ -239,7 +240,7 @@ def write(t, dim, at, values):
     if not isinstance(values, torch.Tensor): return t.index_fill(dim, at, values)
     return t.index_copy(dim, at, values.to(t).expand([len(at) if i == dim % t.dim() else s for i, s in enumerate(t.shape)]))
 
-# %% ../nbs/07c_surgery.ipynb #5dac1f17
+# %% ../nbs/07c_surgery.ipynb #5ca0f6f9
 def _times(part, by, dim, power, invert=False):
     "`part` times (or divided by) `by`, in at least float32"
     wide = part.dtype if part.dtype in (torch.float32, torch.float64) or not part.is_floating_point() else torch.float32
@@ -258,26 +259,34 @@ def unscale(t, dim, at, by, old, power=1):
     same = now == _times(old, by, dim, power)
     return write(t, dim, at, torch.where(same, old, _times(now, by, dim, power, True)))
 
-# %% ../nbs/07c_surgery.ipynb #af79fa72
+# %% ../nbs/07c_surgery.ipynb #d5e2cf2f
+def _corrected(settings):
+    "How much of an average of squares Adam's bias correction leaves at the present step"
+    if 'betas' not in settings or 'step' not in settings: return 1.
+    return 1 - settings['betas'][1] ** float(settings['step'])
+
 def newcomers(
     t, # the state, new positions included
     dim:int, # the units' dimension
     at, # positions of the newcomers
     rule, # of MOMENTS
     settings=None, # the parameter group
+    grad=None, # the last gradient, where there is one
 ):
     "`t` with the entries of units without a past"
     if rule == 'like' or t.shape[dim] == 1: return t
     if rule == 'zero': return write(t, dim, at, 0.)
     if isinstance(rule, str) and rule not in ('peak', 'crawl'): return write(t, dim, at, float((settings or {})[rule]))
     old = torch.ones(t.shape[dim], dtype=torch.bool); old[at.cpu()] = False
-    past = take(t, dim, old.nonzero()[:, 0]) if old.any() else t
+    old = old.nonzero()[:, 0] if old.any() else torch.arange(t.shape[dim])
+    past = take(t, dim, old)
+    if grad is not None and grad.shape == t.shape: past = torch.maximum(past, (take(grad, dim, old).to(t).square() * _corrected(settings)))
     peak = past.amax(dim, keepdim=True)
     peak = torch.where(peak > 0, peak, past.amax())
     if rule == 'crawl': peak = peak * (.25 / peak.clamp(min=.0025)).clamp(min=1)
     return write(t, dim, at, peak * rule if isinstance(rule, float) else peak)
 
-# %% ../nbs/07c_surgery.ipynb #1dcfb4c9
+# %% ../nbs/07c_surgery.ipynb #89de64f1
 @method(Surgeon)
 def store(self, slots, news):
     "Put new tensors into slots; `rollback` puts the old ones back"
@@ -305,12 +314,13 @@ def run(self, op:dict):
     "Do one operation, and note it and its inverse"
     kind = op['op']
     if kind not in OPS: raise ValueError(f'op: got {kind!r}{did_you_mean(kind, OPS)}')
+    self.extra = {}
     inverse = OPS[kind](self, **{k: v for k, v in op.items() if k != 'op'})
-    self.ops.append(op); self.undo.extend(inverse)
+    self.ops.append(op | self.extra); self.undo.extend(inverse)
 
 OPS = {} # name -> function of a surgeon and the operation's fields that returns the inverse operations
 
-# %% ../nbs/07c_surgery.ipynb #28a659f0
+# %% ../nbs/07c_surgery.ipynb #7f0b3825
 def operation(fn):
     "Decorator: a function of a surgeon is an operation"
     OPS[fn.__name__.strip('_')] = fn
@@ -349,7 +359,7 @@ def _no_past(slot, dim, at):
     both = newcomers(torch.cat([t, empty], dim), dim, torch.arange(t.shape[dim], t.shape[dim] + len(at)), slot.fresh, slot.settings)
     return both.narrow(dim, t.shape[dim], len(at))
 
-# %% ../nbs/07c_surgery.ipynb #af27adf5
+# %% ../nbs/07c_surgery.ipynb #532d13a0
 def _powers(slots, target):
     "Slots that a scaling concerns, with the power of each"
     if target == 'value': return [(s, 1) for s in slots if s.power == 'value']
@@ -374,7 +384,7 @@ def _unscale(self, tensor, dim, at, by, target='value', values=()):
     self.store([s for s, _ in chosen], [unscale(s.tensor, dim, at, by, dict(values).get(s.path), p) for s, p in chosen])
     return [dict(op='scale', tensor=tensor, dim=dim, at=at, by=by, target=target)]
 
-# %% ../nbs/07c_surgery.ipynb #b5b05083
+# %% ../nbs/07c_surgery.ipynb #28536179
 def _aside(slots, dim, at):
     "What the slots hold at these positions"
     return {s.path: take(s.tensor, dim, at) for s in slots if s.path != 'grad'}
@@ -388,13 +398,18 @@ def _write(self, tensor, dim, at, value=None, values=None, new=False):
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
 @operation
-def _fresh(self, tensor, dim, at, rule=None, new=False):
+def _fresh(self, tensor, dim, at, rule=None, new=False, values=None):
     slots = [s for s in _fits(self.slots(tensor), dim, find(self.model, tensor).shape[dim]) if s.power != 'value']
-    old = {} if new else _aside(slots, dim, at)
-    self.store(slots, [newcomers(s.tensor, dim, at, rule or s.fresh, s.settings) for s in slots])
+    grad = next((s.tensor for s in slots if s.path == 'grad'), None)
+    old, news = {} if new else _aside(slots, dim, at), []
+    for s in slots:
+        known = (values or {}).get(s.path)
+        news.append(newcomers(s.tensor, dim, at, rule or s.fresh, s.settings, grad) if known is None else write(s.tensor, dim, at, known))
+    self.extra = dict(values={s.path: take(v, dim, at) for s, v in zip(slots, news, strict=True) if s.path != 'grad' and s.tensor.shape[dim] > 1})
+    self.store(slots, news)
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
-# %% ../nbs/07c_surgery.ipynb #887858ee
+# %% ../nbs/07c_surgery.ipynb #e750602b
 def _conv(m):
     w, out = m.weight, {}
     if m.transposed: return dict(in_channels=w.shape[0], out_channels=w.shape[1] * m.groups)
@@ -424,7 +439,7 @@ def _attention(m):
     e, same = m.out_proj.weight.shape[0], m._qkv_same_embed_dim
     return dict(embed_dim=e, head_dim=e // m.num_heads) | (dict(kdim=e, vdim=e) if same else {})
 
-# %% ../nbs/07c_surgery.ipynb #47dbc611
+# %% ../nbs/07c_surgery.ipynb #30ee5de3
 KEPT = [ # (module class, what its attributes have to be)
     (nn.Linear, lambda m: dict(out_features=m.weight.shape[0], in_features=m.weight.shape[1])),
     (nn.Bilinear, lambda m: dict(out_features=m.weight.shape[0], in1_features=m.weight.shape[1], in2_features=m.weight.shape[2])),
@@ -442,7 +457,7 @@ def kept_sizes(
     "The attributes of a PyTorch module that repeat a tensor's shape"
     return next((f(module) for cls, f in KEPT if isinstance(module, cls)), {})
 
-# %% ../nbs/07c_surgery.ipynb #a7be1649
+# %% ../nbs/07c_surgery.ipynb #74d9edc1
 @operation
 def _attr(self, module, name, value, old=None):
     inverse = []
