@@ -6,10 +6,10 @@
 __all__ = ['POLICIES', 'RULES', 'SCALING', 'Classes', 'Dim', 'Mark', 'Ledger', 'label', 'feed', 'say', 'freeze', 'flag', 'unite',
            'broadcast', 'scaled', 'make', 'emit', 'contract', 'consume', 'collapse', 'nests', 'vary', 'blocks',
            'reshape', 'reblock', 'merge', 'ones', 'op_name', 'Call', 'rule', 'moves', 'pointwise', 'elementwise',
-           'Trace', 'composite', 'where', 'before', 'NoRule', 'apply', 'decompose', 'give_up', 'check', 'mixed', 'use',
-           'node', 'reach']
+           'Trace', 'composite', 'where', 'before', 'NoRule', 'apply', 'freeze_all', 'decompose', 'give_up', 'check',
+           'mixed', 'use', 'node', 'reach']
 
-# %% ../nbs/06a_labels.ipynb #b4decbff
+# %% ../nbs/06a_labels.ipynb #2387c69a
 import itertools
 from collections import defaultdict
 
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .results import did_you_mean, method
 
-# %% ../nbs/06a_labels.ipynb #ae010b2f
+# %% ../nbs/06a_labels.ipynb #78e7618c
 class Classes:
     "Union-find over integers, many unions a call and no loop over elements"
     def __init__(self): self.n, self.parent = 0, np.zeros(4096, np.int64)
@@ -51,7 +51,7 @@ class Classes:
             a, b = np.maximum(ra[m], rb[m]), np.minimum(ra[m], rb[m])
             self.parent[a] = b # of several unions of one root the last one is kept, the next round does the others
 
-# %% ../nbs/06a_labels.ipynb #e9f01f81
+# %% ../nbs/06a_labels.ipynb #6ea6ffe7
 class Dim:
     "The labels of one dimension: an integer a position, and the (tensor, dim) whose scaling scales it (None: nothing does)"
     __slots__ = ('ids', 'src')
@@ -60,17 +60,17 @@ class Dim:
     def __getitem__(self, i): return Dim(np.ascontiguousarray(self.ids[i]), self.src)
     def __repr__(self): return f'Dim({self.ids[:8].tolist()}{"..." if len(self) > 8 else ""})'
 
-# %% ../nbs/06a_labels.ipynb #55140b6c
+# %% ../nbs/06a_labels.ipynb #0bb22b36
 class Mark:
     "Something an op said about labels: what, in which op, of which module"
     __slots__ = ('kind', 'ids', 'op', 'module', 'src', 'clock')
     def __init__(self, kind, ids, op, module, src=None, clock=0):
         self.kind, self.ids, self.op, self.module, self.src, self.clock = kind, ids, op, module, src, clock
     @property
-    def place(self): return f"{self.op} in {self.module or 'the model'}"
+    def place(self): return f'{self.op} in ' * bool(self.op) + (self.module or 'the model')
     def __repr__(self): return f'{self.kind} at {self.place}'
 
-# %% ../nbs/06a_labels.ipynb #ccd166f4
+# %% ../nbs/06a_labels.ipynb #977b2a49
 POLICIES = ('inner', 'outer', 'first')
 
 class Ledger:
@@ -83,10 +83,11 @@ class Ledger:
         if policy not in POLICIES: raise ValueError(f'policy: got {policy!r}{did_you_mean(policy, POLICIES)}')
         self.policy, self.inside, self.nested = policy, set(nested), set()
         self.classes, self.tags, self.base, self.buffers = Classes(), WeakTensorKeyDictionary(), {}, set()
-        self.op, self.path, self.clock = '', [], 0
+        self.op, self.path, self.clock, self.asked = '', [], 0, set()
         self.frozen, self.flags, self.reads, self.writes, self.products, self.splits, self.kinds = [], [], [], [], [], [], []
 
     def dims(self, t): # the labels of each dimension of tensor t, None where there are none
+        self.asked.add(id(t))
         tag = self.tags.get(t)
         return list(tag[0]) if tag else [None] * t.dim()
 
@@ -102,7 +103,7 @@ class Ledger:
     @property
     def module(self): return next((p for p in reversed(self.path) if p is not None), '')
 
-# %% ../nbs/06a_labels.ipynb #b9944b4d
+# %% ../nbs/06a_labels.ipynb #dc4652ff
 @method(Ledger)
 def label(self,
     name:str, # as the model names it
@@ -119,7 +120,7 @@ def feed(self, t):
     "This tensor is an input: data without labels"
     if t not in self.tags: self.tags[t] = (None,)*t.dim(), True, False
 
-# %% ../nbs/06a_labels.ipynb #5cb48e92
+# %% ../nbs/06a_labels.ipynb #32bcc4b6
 @method(Ledger)
 def say(self,
     book:list, # frozen, flags, reads, writes, products, splits or kinds of this ledger
@@ -140,7 +141,7 @@ def flag(self, dim, kind:str):
     "These units are mixed by `kind`"
     self.say(self.flags, kind, dim)
 
-# %% ../nbs/06a_labels.ipynb #6378a7fc
+# %% ../nbs/06a_labels.ipynb #95eb9082
 @method(Ledger)
 def unite(self,
     a, # Dim or None
@@ -156,7 +157,7 @@ def unite(self,
     if a.ids is not b.ids: self.classes.unite(a.ids, b.ids)
     return a
 
-# %% ../nbs/06a_labels.ipynb #585f0e58
+# %% ../nbs/06a_labels.ipynb #b8ef7836
 @method(Ledger)
 def broadcast(self,
     ts, # tensors that meet elementwise
@@ -179,7 +180,7 @@ def broadcast(self,
     self.emit(ts, out)
     self.put(out, res)
 
-# %% ../nbs/06a_labels.ipynb #a532ec00
+# %% ../nbs/06a_labels.ipynb #c485b828
 @method(Ledger)
 def scaled(self,
     met, # [(tensor, Dim or None)] that lie on top of each other
@@ -192,7 +193,7 @@ def scaled(self,
     if scale == 'product': return min((s for s in srcs if s), key=lambda s: sum(n in self.buffers for n, _ in s), default=None)
     if scale == 'sum' and len(srcs) == operands and all(srcs): return frozenset().union(*srcs)
 
-# %% ../nbs/06a_labels.ipynb #211d6c24
+# %% ../nbs/06a_labels.ipynb #5571b901
 @method(Ledger)
 def make(self, dim, t):
     "This dimension of a weight goes on into data"
@@ -205,7 +206,7 @@ def emit(self, ts, out):
         for t in ts:
             for l in self.dims(t): self.make(l, t)
 
-# %% ../nbs/06a_labels.ipynb #c4f2eb53
+# %% ../nbs/06a_labels.ipynb #a211621b
 @method(Ledger)
 def contract(self,
     a, # Dim or None of tensor ta
@@ -229,7 +230,7 @@ def consume(self, dim):
     if not dim.src: self.flag(dim, 'computed weight')
     self.say(self.reads, 'reads', dim, dim.src or frozenset())
 
-# %% ../nbs/06a_labels.ipynb #228dda8f
+# %% ../nbs/06a_labels.ipynb #43a7e297
 @method(Ledger)
 def collapse(self,
     arr, # labels in several dimensions
@@ -248,7 +249,7 @@ def collapse(self,
     if keep is None: self.splits.append(Mark((kind, len(axes)), ids, self.op, self.module, spot))
     return axis, ids
 
-# %% ../nbs/06a_labels.ipynb #d4e51168
+# %% ../nbs/06a_labels.ipynb #78244a50
 @method(Ledger)
 def nests(self, roots):
     "Note the split whose result is now split again"
@@ -256,7 +257,7 @@ def nests(self, roots):
     for m in self.splits:
         if len(m.ids) < np.prod(m.src[1]) and np.array_equal(np.unique(self.classes.find(m.ids)), now): self.nested.add(m.src)
 
-# %% ../nbs/06a_labels.ipynb #adc39382
+# %% ../nbs/06a_labels.ipynb #d38b8807
 def vary(arr): # labels in several dimensions
     "The axes along which an array differs"
     return [d for d in range(arr.ndim) if arr.shape[d] > 1 and (arr != arr[(slice(None),)*d + (slice(0, 1),)]).any()]
@@ -275,7 +276,7 @@ def blocks(a, b): # two shapes with the same product
         while j < len(b) and b[j] == 1: j += 1
         yield i0, i, j0, j
 
-# %% ../nbs/06a_labels.ipynb #4ad6513c
+# %% ../nbs/06a_labels.ipynb #7caad88e
 @method(Ledger)
 def reshape(self,
     dims, # Dim or None for each dimension
@@ -309,7 +310,7 @@ def reblock(self, labelled, a, b, block):
         new[j0 + axis].append((i, Dim(np.ascontiguousarray(ids), l.src)))
     return new
 
-# %% ../nbs/06a_labels.ipynb #761f72d4
+# %% ../nbs/06a_labels.ipynb #42fd5ca4
 @method(Ledger)
 def merge(self, got): # [(dimension it came from, labels)], in order
     "One dimension made of several labelled ones: the policy says whose labels go on"
@@ -331,7 +332,7 @@ def ones(self, dims, a, b, res, lost):
         else: self.freeze(dims[i], 'is lost in a view')
     return res
 
-# %% ../nbs/06a_labels.ipynb #c05bc03b
+# %% ../nbs/06a_labels.ipynb #113365af
 def op_name(func): # an op as the dispatcher hands it over
     "Namespace and name of an op, without its overload"
     full = getattr(func, '_schema', None) and func._schema.name or f'higher_order::{func}'
@@ -361,7 +362,7 @@ class Call:
     def dim(self, name='dim'): return self[name] % max(self.ins[0].dim(), 1)
     def __repr__(self): return f'{self.space}::{self.name}'
 
-# %% ../nbs/06a_labels.ipynb #9ff058fa
+# %% ../nbs/06a_labels.ipynb #ae38e294
 RULES = {} # op name -> function(ledger, call)
 
 def rule(*names): # of ops of aten, one or several a string, without the overload and the final _ of the in-place twin
@@ -376,7 +377,7 @@ def moves(fn):
     fn.moves = True
     return fn
 
-# %% ../nbs/06a_labels.ipynb #9ec7c95c
+# %% ../nbs/06a_labels.ipynb #f06119f5
 SCALING = dict(mul='product', div='product', add='sum', sub='sum', neg='same', abs='same', relu='same', positive='same')
 
 def pointwise(func):
@@ -395,7 +396,7 @@ def elementwise(tr, c):
     if scale == 'sum' and len(c.ins) < 2: scale = 'none'
     for o in c.outs: tr.broadcast([t for t in c.ins if id(t) not in own or t is o], o, scale)
 
-# %% ../nbs/06a_labels.ipynb #42362cfc
+# %% ../nbs/06a_labels.ipynb #bffc7f33
 class Trace(Ledger, TorchDispatchMode):
     "Runs a model and follows the labels through every op"
     supports_higher_order_operators = True
@@ -419,7 +420,7 @@ class Trace(Ledger, TorchDispatchMode):
             if c.space == 'aten' and key in RULES: return RULES[key]
         return elementwise if pointwise(c.func) else None
 
-# %% ../nbs/06a_labels.ipynb #632f06e2
+# %% ../nbs/06a_labels.ipynb #16bdd25a
 @method(Trace) # added afterwards: a class that has it from the start makes PyTorch load its compiler, which takes seconds
 def __torch_dispatch__(self, func, types, args=(), kwargs=None):
     "Every op of the forward pass comes by here: run it, then follow the labels"
@@ -439,7 +440,7 @@ def composite(func):
     "Is an op made of others, that can be followed in its place?"
     return isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
-# %% ../nbs/06a_labels.ipynb #36178759
+# %% ../nbs/06a_labels.ipynb #c3642433
 def where(t): # a tensor
     "Its memory, shape and strides: what an alias shares with it"
     return t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride()
@@ -459,25 +460,34 @@ def before(self, c):
         p = t._base if t._base is not None else t
         if isinstance(p, nn.Parameter) and id(p) not in self.written: self.written[id(p)] = p, p.detach().clone()
 
-# %% ../nbs/06a_labels.ipynb #28ca8619
+# %% ../nbs/06a_labels.ipynb #55f8aca0
 class NoRule(Exception): "An op that nothing is known of"
 
 @method(Trace)
 def apply(self, fn, c):
     "Run a rule; an op without one, or one whose rule fails, freezes what it touches"
-    data, weight = (any(self.origin(t)[i] for t in c.ins) and not getattr(fn, 'makes', False) for i in (0, 1))
+    makes = getattr(fn, 'makes', False)
+    data, weight = (any(self.origin(t)[i] for t in c.ins) and not makes for i in (0, 1))
     for o in c.outs:
         for t in (o, o._base) if o._base is not None and any(o is i for i in c.ins) else (o,):
             dims, d, w = self.tags.get(t, ([None]*t.dim(), False, False))
             self.tags[t] = tuple(dims), d or data, w or weight
     if not getattr(fn, 'moves', False): self.use(c)
+    self.asked.clear()
     try: self.decompose(c) if fn is None else fn(self, c)
     except Exception as e: # a rule must not end the model's forward pass; it is named in `unknown`
         self.unknown[self.op] = 'no rule' if fn is None else f'{type(e).__name__}: {e}'
         self.give_up(c)
+    for t in c.ins:
+        if fn is not None and not makes and id(t) not in self.asked: self.freeze_all(t, 'goes through an op whose rule does not look at it')
     for o in c.outs: self.check(o)
 
-# %% ../nbs/06a_labels.ipynb #19debc75
+@method(Trace)
+def freeze_all(self, t, why):
+    "No position of this tensor can move"
+    for l in self.dims(t): self.freeze(l, why)
+
+# %% ../nbs/06a_labels.ipynb #c0f5ac14
 @method(Trace)
 def decompose(self, c):
     "An op without a rule: follow PyTorch's own decomposition of it, if it has one"
@@ -492,21 +502,20 @@ def decompose(self, c):
 @method(Trace)
 def give_up(self, c):
     "Freeze all that goes into an op and comes out of it"
-    for t in c.ins + c.outs:
-        for l in self.dims(t): self.freeze(l, 'goes through an op without a rule')
+    for t in c.ins + c.outs: self.freeze_all(t, 'goes through an op without a rule')
     for o in c.outs: self.put(o, [None] * o.dim())
 
-# %% ../nbs/06a_labels.ipynb #60be92da
+# %% ../nbs/06a_labels.ipynb #a9337868
 @method(Trace)
 def check(self, t):
     "Labels must fit their tensor; a rule that left others is a rule that failed"
     dims = self.dims(t)
     if len(dims) == t.dim() and all(l is None or len(l) == n for l, n in zip(dims, t.shape, strict=True)): return
     self.unknown[self.op] = f'its rule gave labels of {[l and len(l) for l in dims]} to a tensor of {tuple(t.shape)}'
-    for l in dims: self.freeze(l, 'goes through an op whose rule is wrong')
+    self.freeze_all(t, 'goes through an op whose rule is wrong')
     self.put(t, [None] * t.dim())
 
-# %% ../nbs/06a_labels.ipynb #e105972d
+# %% ../nbs/06a_labels.ipynb #137e073c
 def mixed(x): # integers
     "A well-mixed 64-bit number for each. Source: Steele et al. 2014, the finalizer of SplitMix"
     with np.errstate(over='ignore'):
@@ -523,7 +532,7 @@ def use(self, c):
         for d, l in enumerate(self.dims(t)):
             if l is not None: self.history[l.ids] += mixed(self.clock * 64 + i * 8 + d)
 
-# %% ../nbs/06a_labels.ipynb #6c8f6971
+# %% ../nbs/06a_labels.ipynb #07c91b2f
 @method(Trace)
 def node(self, t):
     "A number for the memory of a tensor, shared by its views"

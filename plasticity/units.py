@@ -10,7 +10,7 @@ __all__ = ['FUSED_RNN', 'VERBS', 'EVEN', 'HARMLESS', 'QUIET', 'CACHE', 'COLOURS'
            'roles', 'build', 'axis_of', 'owner', 'shared', 'call_them', 'refusals', 'finish', 'Units', 'NoSuchGroup',
            'frozen_table', 'discover', 'aliases', 'unwrapped', 'state_key', 'units', 'arrows', 'layers', 'plot']
 
-# %% ../nbs/07_units.ipynb #120dfd11
+# %% ../nbs/07_units.ipynb #87244193
 import random, sys, weakref
 from collections import OrderedDict, defaultdict
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ import plasticity.oprules # noqa: F401 fills the table of rules
 from .labels import POLICIES, Mark, Trace, mixed
 from .results import Table, did_you_mean, method
 
-# %% ../nbs/07_units.ipynb #f56f123a
+# %% ../nbs/07_units.ipynb #22890336
 class EditError(RuntimeError): "An edit that was refused, or could not be kept; the model is as it was"
 class FrozenUnits(EditError): "These units are fixed by the output, the input, an index, or an op without a rule"
 class MixedUnits(EditError): "A norm, a softmax or a reduction runs over these units"
@@ -37,7 +37,7 @@ class WrappedModel(EditError): "The model is inside a wrapper that holds its own
 class LastUnits(EditError): "The edit would leave no unit"
 class Indivisible(EditError): "The units cannot be divided as asked"
 
-# %% ../nbs/07_units.ipynb #bec0652c
+# %% ../nbs/07_units.ipynb #ee1a7bf2
 def silent(hooks): # an OrderedDict of hooks
     "The hooks without those that only observe"
     def observes(f): return getattr(f, 'observes_only', False) or getattr(getattr(f, '__self__', None), 'observes_only', False)
@@ -64,7 +64,7 @@ def untouched(
             m.__dict__.clear(), m.__dict__.update(attrs)
             for have, was in zip((m._parameters, m._buffers, m._modules), dicts, strict=True): have.clear(), have.update(was)
 
-# %% ../nbs/07_units.ipynb #48349dad
+# %% ../nbs/07_units.ipynb #c4e0801d
 @contextmanager
 def plain_run(
     slow_rnn:bool # take recurrent layers apart
@@ -81,7 +81,7 @@ def plain_run(
         s.enter_context(torch.no_grad())
         yield
 
-# %% ../nbs/07_units.ipynb #cd20658e
+# %% ../nbs/07_units.ipynb #e0b0fc46
 @contextmanager
 def paths(model, tr):
     "Inside, the trace knows in which module it is"
@@ -93,7 +93,7 @@ def paths(model, tr):
     try: yield
     finally: a.remove(), b.remove(), tr.path.clear()
 
-# %% ../nbs/07_units.ipynb #45da97d9
+# %% ../nbs/07_units.ipynb #db023a1e
 def tensors_in(obj, depth=6): # anything a model takes or returns
     "All tensors in nested containers and plain objects"
     if isinstance(obj, torch.Tensor): return [obj]
@@ -111,12 +111,12 @@ def as_calls(
     if not many: raise ValueError('examples: got an empty list, takes at least one example')
     return [((), e) if isinstance(e, dict) else (e, {}) if isinstance(e, tuple) else ((e,), {}) for e in many]
 
-# %% ../nbs/07_units.ipynb #4ab73ca2
+# %% ../nbs/07_units.ipynb #22377338
 def run_once(model, tr, args, kwargs, slow_rnn):
     "One forward pass under the trace; its outputs cannot move"
     for t in tensors_in((args, kwargs)): tr.feed(t)
     with plain_run(slow_rnn), paths(model, tr), tr: out = model(*args, **kwargs)
-    tr.op, outs = 'output', tensors_in(out)
+    tr.op, outs = '', tensors_in(out)
     tr.reach(outs)
     for t in outs:
         for l in tr.dims(t): tr.freeze(l, 'is an output')
@@ -131,7 +131,7 @@ def run_all(model, tr, calls, slow_rnn):
             except Exception as e: failed.setdefault(mode, e) # kept: raised if both modes fail, a note in the table else
     return failed
 
-# %% ../nbs/07_units.ipynb #0fb066f5
+# %% ../nbs/07_units.ipynb #598a8da8
 FUSED_RNN = {'mkldnn_rnn_layer', '_cudnn_rnn', 'miopen_rnn'}
 
 def follow(
@@ -155,7 +155,7 @@ def follow(
     tr.unseen = [n for n, p in model.named_parameters() if id(p) not in tr.seen]
     return tr, failed
 
-# %% ../nbs/07_units.ipynb #0b6f43dc
+# %% ../nbs/07_units.ipynb #02c4c15a
 class Cut:
     "The classes of one trace, cut into groups of like ones"
     def __init__(self, tr:Trace):
@@ -174,7 +174,7 @@ class Cut:
 
     def roots(self, ids): return np.unique(self.tr.classes.find(ids))
 
-# %% ../nbs/07_units.ipynb #23a5215d
+# %% ../nbs/07_units.ipynb #9a77f419
 @method(Cut)
 def reasons(self): # (classes,) the number of the first mark that froze it, -1 if none did
     "Why classes cannot move"
@@ -188,10 +188,10 @@ def reasons(self): # (classes,) the number of the first mark that froze it, -1 i
     idle = np.flatnonzero((why < 0) & ~used)
     if len(idle):
         why[idle] = len(tr.frozen)
-        tr.frozen.append(Mark('is never used', idle, 'the examples', ''))
+        tr.frozen.append(Mark('is never used', idle, '', ''))
     return why
 
-# %% ../nbs/07_units.ipynb #92a9c58f
+# %% ../nbs/07_units.ipynb #26f18299
 @method(Cut)
 def settle(self):
     "Products of weights with weights: the dimension inside is read by one of the two, if nothing else uses it"
@@ -212,7 +212,7 @@ def fingerprints(self): # (classes,)
         out[self.roots(np.concatenate([m.ids for m in tr.flags if m.kind == kind]))] += mixed(-1 - i)
     return out
 
-# %% ../nbs/07_units.ipynb #f4cb899f
+# %% ../nbs/07_units.ipynb #9372018f
 @method(Cut)
 def groups(self,
     frozen:bool=False # those that can move, or those that cannot
@@ -236,7 +236,7 @@ def groups(self,
         out.append((root[first[g]], {self.keys[cols[a]]: self.pos[rows[:, a:b]] for a, b in zip(edge, edge[1:], strict=False)}))
     return sorted(out, key=lambda o: o[0].min())
 
-# %% ../nbs/07_units.ipynb #e5b50381
+# %% ../nbs/07_units.ipynb #c3e29053
 VERBS = ('widen', 'clone', 'prune', 'reset')
 
 class Group:
@@ -260,7 +260,7 @@ class Group:
     def __repr__(self):
         return f"{self.name}: {self.n} {self.axis}s in {len(self.tensors)} tensors; can {', '.join(self.can) or 'do nothing'}"
 
-# %% ../nbs/07_units.ipynb #628c62eb
+# %% ../nbs/07_units.ipynb #8e76920f
 @method(Cut)
 def roles(self,
     marks:list # reads or writes of the trace
@@ -296,7 +296,7 @@ def build(self,
         out.append(g)
     return out
 
-# %% ../nbs/07_units.ipynb #a23a3e6b
+# %% ../nbs/07_units.ipynb #8116d954
 def axis_of(
     kinds, # what was said about the group
     policy # of the trace
@@ -304,10 +304,10 @@ def axis_of(
     "What a unit is, from what happened to its dimension"
     split = {k[0] for k in kinds if isinstance(k, tuple)}
     if 'heads' in kinds: return 'head'
-    if split and kinds & {'bilinear', 'value'}: return 'head_dim'
+    if split and policy == 'inner' and kinds & {'bilinear', 'value'}: return 'head_dim'
     return 'group' if 'groups' in split and policy != 'inner' else 'unit'
 
-# %% ../nbs/07_units.ipynb #24e4a08f
+# %% ../nbs/07_units.ipynb #48d2920d
 def owner(tensor:str): # the name of a parameter or buffer
     "The path of the module that a tensor belongs to"
     module, _, last = tensor.rpartition('.')
@@ -319,7 +319,7 @@ def shared(paths): # module paths
     n = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts)))
     return '.'.join(parts[0][:n])
 
-# %% ../nbs/07_units.ipynb #97777934
+# %% ../nbs/07_units.ipynb #02cfc223
 def call_them(
     groups, # [Group], named in place
     taken=() # names that are not free
@@ -340,7 +340,7 @@ def call_them(
     for name, gs in at.items():
         for i, g in enumerate((g for g in gs if not g.name), 1): g.name = f'{name}:{i}'
 
-# %% ../nbs/07_units.ipynb #ff06e77c
+# %% ../nbs/07_units.ipynb #c4a3bbc0
 EVEN = set('layer_norm rms_norm group_norm mean amax amin max min var std var_mean std_mean'.split()) # equal copies keep these
 HARMLESS = {'depthwise', 'grouped'}
 
@@ -363,7 +363,7 @@ def refusals(
     if g.n == 1: block(('prune',), 'LastUnits', 'it is the only unit')
     return out
 
-# %% ../nbs/07_units.ipynb #0daedb5b
+# %% ../nbs/07_units.ipynb #fd164ca9
 def finish(model, groups, fixed, unseen):
     "Names and refusals"
     call_them(groups)
@@ -374,7 +374,7 @@ def finish(model, groups, fixed, unseen):
         error = 'UnseenParameters' if g.why.kind == 'is never used' else 'FrozenUnits'
         g.blocked = dict.fromkeys(VERBS, (error, '{!r} dim {} {}, in {}'.format(*g.made, g.why.kind, g.why.place)))
 
-# %% ../nbs/07_units.ipynb #949e3da5
+# %% ../nbs/07_units.ipynb #9bcd4727
 class Units:
     "The unit groups of a model: iterable, found by name, module, tensor or number"
     def __init__(self,
@@ -405,7 +405,7 @@ class Units:
     def __repr__(self): return repr(self.table) + self._foot('\n')
     def _repr_markdown_(self): return self.table._repr_markdown_() + self._foot('\n\n')
 
-# %% ../nbs/07_units.ipynb #35ae433e
+# %% ../nbs/07_units.ipynb #f8cfaeea
 class NoSuchGroup(EditError, KeyError):
     "A name that stands for no group, or for several"
     __str__ = RuntimeError.__str__
@@ -436,7 +436,7 @@ def __contains__(self, key):
     except (NoSuchGroup, IndexError): return False
     return True
 
-# %% ../nbs/07_units.ipynb #1d57aef0
+# %% ../nbs/07_units.ipynb #f35f6b9d
 QUIET = {'is a position of a kernel', 'is broadcast', 'is lost in a view', 'is the same for every group'}
 
 def frozen_table(
@@ -452,7 +452,7 @@ def frozen_table(
         rows.append(dict(tensor=name, dim=d, positions=f'{len(ids)} of {n}', why=mark.kind, op=mark.op, module=mark.module))
     return Table(rows)
 
-# %% ../nbs/07_units.ipynb #38b9a696
+# %% ../nbs/07_units.ipynb #56f3a18f
 def discover(
     model:nn.Module,
     calls:list, # [(args, kwargs)]
@@ -481,7 +481,7 @@ def aliases(model):
     first, tensors = {}, [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {n: first.setdefault(id(t), n) for n, t in tensors}
 
-# %% ../nbs/07_units.ipynb #1af2ad06
+# %% ../nbs/07_units.ipynb #3cd6d26e
 def unwrapped(model):
     "The module itself; a compiled one is looked into, other wrappers are refused"
     if hasattr(model, '_orig_mod'): model = model._orig_mod
@@ -493,7 +493,7 @@ def unwrapped(model):
     if lazy: raise UnseenParameters(f'model: {lazy[0]!r} has no shape yet; run the model once first')
     return model
 
-# %% ../nbs/07_units.ipynb #f7f54435
+# %% ../nbs/07_units.ipynb #819ded21
 CACHE = weakref.WeakKeyDictionary() # model -> (key, the tensors it was made from, its units)
 
 def state_key(model, calls, rules):
@@ -522,7 +522,7 @@ def units(
     CACHE[model] = key, [weakref.ref(t) for t in held], found
     return found
 
-# %% ../nbs/07_units.ipynb #850cf93d
+# %% ../nbs/07_units.ipynb #f3ee6da5
 @method(Units)
 def arrows(self): # {(from, to): tensors}; 'input' and 'output' are the ends
     "Which group reads which, through which weights"
@@ -548,7 +548,7 @@ def layers(self): # [[name]], from the input on
     level['output'] = 1 + max(level[n] for n in order if n != 'output')
     return [[n for n in order if level[n] == k] for k in sorted(set(level.values()))]
 
-# %% ../nbs/07_units.ipynb #9dd43696
+# %% ../nbs/07_units.ipynb #93f89ac1
 COLOURS = dict(unit='#dbe9f6', head='#fddcb5', head_dim='#fff1dd', group='#d9f0d3')
 
 @method(Units)

@@ -186,6 +186,16 @@ def test_inference_mode_finds_the_same():
         model, x = zoo.build(name)
         with torch.inference_mode(): assert summary(units(model, x)) == EXPECT[name]
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', zoo.names())
+@pytest.mark.parametrize('how', [torch.float32, torch.bfloat16, 'autocast'])
+def test_the_gpu_finds_the_same(name, how):
+    model, x = zoo.build(name, torch.float32 if how == 'autocast' else how)
+    model, x = model.cuda(), zoo.onto(x, 'cuda')
+    rng = torch.cuda.get_rng_state()
+    with torch.autocast('cuda', torch.bfloat16, enabled=how == 'autocast'): u = units(model, x)
+    assert summary(u) == EXPECT[name] and not u.notes and torch.equal(torch.cuda.get_rng_state(), rng)
+
 # --- nothing is changed
 
 def snapshot(model):
@@ -392,6 +402,15 @@ def test_rules_of_users():
     mine = {'relu': lambda led, c: [led.freeze(d, 'is mine') for d in led.dims(c.ins[0])] and led.put(c.out, [None, None])}
     assert [g.name for g in units(model, x, good | mine)] == ['a']
 
+def test_a_rule_that_forgets_an_argument_freezes_it():
+    m = net(lambda s, x: s.b(torch.maximum(s.a(x), s.c(x))), a=nn.Linear(3, 4), c=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    forgetful = {'maximum': lambda led, c: led.put(c.out, led.dims(c.ins[0]))}
+    u = units(m, torch.randn(2, 3), forgetful)
+    assert summary(u) == 'a 4 unit wcpr' and 'does not look at it' in u['c'].blocked['prune'][1]
+    grid = net(lambda s, x: s.b(nn.functional.grid_sample(s.c(x), s.g(x.mean((2, 3))).view(-1, 2, 2, 2), align_corners=False).flatten(1)),
+               c=nn.Conv2d(3, 4, 1), g=nn.Linear(3, 8), b=nn.Linear(16, 2))
+    assert summary(units(grid, torch.randn(2, 3, 5, 5))) == 'c 4 unit wcpr'
+
 def test_an_op_with_a_decomposition_needs_no_rule():
     class M(nn.Module):
         def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
@@ -539,7 +558,7 @@ def test_indices_freeze():
         assert len(u) == 0 and u['a'].blocked['widen'][0] == 'FrozenUnits'
 
 def test_moves_do_not_freeze():
-    for fn in (lambda h: h.flip(-1), lambda h: h.roll(1, -1), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1),
+    for fn in (lambda h: h.flip(-1), lambda h: h + h.new_zeros(h.shape), lambda h: h.roll(1, -1), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1),
                lambda h: h[:, None].repeat(1, 3, 1).sum(1), lambda h: h.unflatten(1, (2, 2)).transpose(1, 2).flatten(1),
                lambda h: torch.stack(h.chunk(2, 1), 1).flatten(1), lambda h: torch.empty_like(h).copy_(h),
                lambda h: torch.where(h > 0, h, h.exp() - 1), lambda h: nn.functional.pad(h, (1, 0))[:, 1:],

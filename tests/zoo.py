@@ -33,6 +33,12 @@ def cast(example, dtype):
     if isinstance(example, (list, tuple)): return type(example)(cast(v, dtype) for v in example)
     return example
 
+def onto(example, device):
+    "Inputs on a device"
+    if isinstance(example, torch.Tensor): return example.to(device)
+    if isinstance(example, dict): return {k: onto(v, device) for k, v in example.items()}
+    return type(example)(onto(v, device) for v in example) if isinstance(example, (list, tuple)) else example
+
 @torch.no_grad()
 def shake(model, seed=0):
     "Give every parameter and statistic a value of its own"
@@ -300,7 +306,7 @@ class HandLSTM(nn.Module):
         self.h, self.x2g, self.h2g, self.out = h, nn.Linear(4, 4*h), nn.Linear(h, 4*h, bias=False), nn.Linear(h, 2)
     def forward(self, x):
         n = self.h2g.in_features
-        h = c = torch.zeros(x.shape[0], n, dtype=x.dtype)
+        h = c = x.new_zeros(x.shape[0], n)
         for t in range(x.shape[1]):
             z = self.x2g(x[:, t]) + self.h2g(h)
             i, f, g, o = z[:, :n], z[:, n:2*n], z[:, 2*n:3*n], z[:, 3*n:]
@@ -490,7 +496,8 @@ class T5Like(nn.Module):
     def norm(self, x): return x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)*self.scale
     def forward(self, x):
         x, n = self.inp(x), x.shape[1]
-        d = torch.arange(n)[:, None] - torch.arange(n)[None] + 4
+        t = torch.arange(n, device=x.device)
+        d = t[:, None] - t[None] + 4
         x = x + self.attn(self.norm(x), self.bias(d.clamp(0, 8)).permute(2, 0, 1)[None])
         return self.out(x + self.ff2(F.relu(self.ff1(self.norm(x)))))
 
@@ -507,7 +514,7 @@ class NanoGPT(nn.Module):
         self.head.weight = self.wte.weight
     def forward(self, ids):
         b, t = ids.shape
-        x = self.wte(ids) + self.wpe(torch.arange(t))
+        x = self.wte(ids) + self.wpe(torch.arange(t, device=ids.device))
         qkv = self.qkv(self.ln1(x))
         q, k, v = (y.view(b, t, -1, self.hd).transpose(1, 2) for y in qkv.split(qkv.shape[-1]//3, dim=2))
         a = (q @ k.transpose(-2, -1)/math.sqrt(self.hd)).masked_fill(self.mask[:, :, :t, :t] == 0, float('-inf')).softmax(-1)
@@ -528,7 +535,8 @@ class GQA(nn.Module):
         self.inp, self.n1, self.n2 = nn.Linear(8, d), nn.RMSNorm(d), nn.RMSNorm(d)
     def rope(self, x):
         t, k = x.shape[-2:]
-        f = torch.arange(t)[:, None]*(10. ** -(torch.arange(k//2)/k))
+        t, r = torch.arange(t, device=x.device), torch.arange(k//2, device=x.device)
+        f = t[:, None]*(10. ** -(r/k))
         cos, sin = (torch.cat([y, y], -1).to(x.dtype) for y in (f.cos(), f.sin()))
         a, b = x[..., :k//2], x[..., k//2:]
         return x*cos + torch.cat([-b, a], -1)*sin
