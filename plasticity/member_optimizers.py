@@ -6,12 +6,12 @@
 __all__ = ['MemberOptimizer', 'step', 'update', 'moments', 'MemberSGD', 'mix', 'hashed_normal', 'MemberAdam', 'MemberAdamW',
            'clip_members']
 
-# %% ../nbs/12a_member_optimizers.ipynb #39c893ed
+# %% ../nbs/12a_member_optimizers.ipynb #6464fb1b
 import torch
 
 from .results import method, stream_seed
 
-# %% ../nbs/12a_member_optimizers.ipynb #fdbdd881
+# %% ../nbs/12a_member_optimizers.ipynb #15197c54
 def _setting(name, value, n):
     "A setting as a number, or as float64 (members,)"
     if isinstance(value, (int, float)) and not isinstance(value, bool): value = float(value)
@@ -35,7 +35,7 @@ def _runs(settings, n):
             start = i
     return out
 
-# %% ../nbs/12a_member_optimizers.ipynb #5c3185f5
+# %% ../nbs/12a_member_optimizers.ipynb #15c0a86e
 class MemberOptimizer(torch.optim.Optimizer):
     "Updates stacked parameters; every name in `SETTINGS` takes a number or one for each member"
     SETTINGS = 'lr', 'weight_decay', 'l2_init'
@@ -70,7 +70,7 @@ class MemberOptimizer(torch.optim.Optimizer):
         if g['params'][0].device.type == 'cpu': return _runs(s, self.n)
         return [(slice(None), {k: self._held[j, k][1] if (j, k) in self._held else v for k, v in s.items()})]
 
-# %% ../nbs/12a_member_optimizers.ipynb #bb1e38e7
+# %% ../nbs/12a_member_optimizers.ipynb #fb361a1c
 def _wide(s, like): return s if isinstance(s, float) else s.to(like.dtype).view(-1, *[1]*(like.ndim - 1))
 def _add(a, b, s): return a.add(b, alpha=s) if isinstance(s, float) else torch.addcmul(a, b, _wide(s, a))
 def _add_(a, b, s, sign=1): return a.add_(b, alpha=sign*s) if isinstance(s, float) else a.addcmul_(b, _wide(s, a), value=sign)
@@ -108,7 +108,7 @@ def update(self,
             before = self._before(p, g, state)
             for at, s in self._parts(j, g): self._change(p[at], d[at], {k: v[at] for k, v in state.items() if v.ndim}, s, g, before)
 
-# %% ../nbs/12a_member_optimizers.ipynb #244a1f51
+# %% ../nbs/12a_member_optimizers.ipynb #b6725942
 @method(MemberOptimizer)
 def _start(self, p, g):
     "What is remembered of a parameter"
@@ -122,7 +122,7 @@ def _noisy(self, j, g, grads): return grads
 @method(MemberOptimizer)
 def moments(self, g): "Names of the running averages"; return ()
 
-# %% ../nbs/12a_member_optimizers.ipynb #28342278
+# %% ../nbs/12a_member_optimizers.ipynb #5b1e129f
 class MemberSGD(MemberOptimizer):
     "SGD of every member"
     SETTINGS = 'lr', 'weight_decay', 'l2_init', 'momentum', 'noise'
@@ -152,7 +152,7 @@ class MemberSGD(MemberOptimizer):
             g = _add(g, buf, s['momentum']) if group['nesterov'] else buf
         _add_(p, g, s['lr'], -1.)
 
-# %% ../nbs/12a_member_optimizers.ipynb #545052f8
+# %% ../nbs/12a_member_optimizers.ipynb #dbe8ee5f
 def mix(
     x # int64, 32 bits used
 ) -> torch.Tensor: # int64 in [0, 2^32)
@@ -174,7 +174,7 @@ def hashed_normal(
     u, v = (mix(base ^ mix(2*at + k)[None]).float().mul_(2**-32) for k in (0, 1))          # (members, size), uniform
     return ((-2*u.clamp_(min=2**-33).log()).sqrt() * (2*torch.pi*v).cos()).view(len(keys), *shape)
 
-# %% ../nbs/12a_member_optimizers.ipynb #6e2f81a6
+# %% ../nbs/12a_member_optimizers.ipynb #63cc7762
 @method(MemberSGD)
 def _noisy(self, j, g, grads):
     "The gradients with each member's noise"
@@ -208,7 +208,7 @@ def _hashed(self, j, g, i, d):
     noise = self._held[j, 'noise'][1] if (j, 'noise') in self._held else g['noise']
     return d + (z*size.float()*_wide(noise, z)*(g['noise_decay']**count)).to(d.dtype)
 
-# %% ../nbs/12a_member_optimizers.ipynb #469c1ce7
+# %% ../nbs/12a_member_optimizers.ipynb #af8b324b
 class MemberAdam(MemberOptimizer):
     "Adam of every member"
     def __init__(self,
@@ -242,14 +242,14 @@ class MemberAdam(MemberOptimizer):
         m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         if isinstance(one, float): p.addcdiv_(m, (v.sqrt() / two).add_(group['eps']), value=-s['lr']/one)
-        else: p.sub_(m / (v.sqrt() / two.to(v.dtype)).add_(group['eps']) * _wide(s['lr']/one, p))
+        else: p.addcdiv_(m*_wide(s['lr']/one, p), v.sqrt().div_(two.to(v.dtype)).add_(group['eps']), value=-1)
 
 class MemberAdamW(MemberAdam):
     "AdamW of every member"
     def __init__(self, params, lr=1e-3, weight_decay=.01, **options):
         super().__init__(params, lr, weight_decay=weight_decay, decoupled=True, **options)
 
-# %% ../nbs/12a_member_optimizers.ipynb #87f030da
+# %% ../nbs/12a_member_optimizers.ipynb #1a9c6ff5
 def clip_members(
     grads, # groups of gradients (members, ...) or None
     clip:float # largest norm

@@ -7,7 +7,7 @@ __all__ = ['ENGINES', 'MEMBER_OPTIMIZERS', 'Population', 'member', 'set_member',
            'OwnOrders', 'own_orders', 'member_optimizer', 'PopulationTrainer', 'log', 'predict', 'state_dict',
            'load_state_dict', 'MemberMonitors']
 
-# %% ../nbs/13_population.ipynb #dd688842
+# %% ../nbs/13_population.ipynb #006914cb
 import copy, inspect, warnings
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ from .member_optimizers import MemberAdam, MemberAdamW, MemberOptimizer, MemberS
 from .results import did_you_mean, method, pick_device, seeded, stream_seed
 from .training import Callback, Trainer, evaluating, lr_factor
 
-# %% ../nbs/13_population.ipynb #525b1590
+# %% ../nbs/13_population.ipynb #5db9d6b2
 def _made(
     make, # function of nothing or of a seed, or models
     n, # how many
@@ -41,7 +41,7 @@ def _plan(model):
     "What has to agree between members: names, shapes, dtypes"
     return {k: (tuple(v.shape), v.dtype) for k, v in (*model.named_parameters(), *model.named_buffers())}
 
-# %% ../nbs/13_population.ipynb #07deeb8a
+# %% ../nbs/13_population.ipynb #c89bcfaf
 ENGINES = 'auto', 'vmap', 'loop'
 
 class Population(nn.Module):
@@ -82,7 +82,7 @@ class Population(nn.Module):
         if self.reason: return 'loop'
         return self.engine if self.engine != 'auto' else 'loop' if self.device.type == 'cpu' else 'vmap'
 
-# %% ../nbs/13_population.ipynb #867bd63f
+# %% ../nbs/13_population.ipynb #caf63530
 @method(Population)
 def _stack(self, models):
     "Put the members' tensors together"
@@ -100,7 +100,7 @@ def _stack(self, models):
             at, _, name = k.rpartition('.')
             self.net.get_submodule(at)._buffers[name] = torch.stack([dict(m.named_buffers())[k] for m in models])
 
-# %% ../nbs/13_population.ipynb #9cbb456f
+# %% ../nbs/13_population.ipynb #e89ca677
 @method(Population)
 def member(self,
     i:int, # which; negative counts from the end
@@ -135,7 +135,7 @@ def _index(self, i):
     if not isinstance(i, int) or not -self.n <= i < self.n: raise IndexError(f'i: got {i!r}, takes a member from 0 to {self.n - 1}')
     return i % self.n
 
-# %% ../nbs/13_population.ipynb #c70c0dd3
+# %% ../nbs/13_population.ipynb #e3638dcc
 def _apply(net, params, buffers, x): return functional_call(net, (params, buffers), (x,))
 
 @method(Population)
@@ -154,7 +154,7 @@ def _looped(self, x, own, members=None):
         with self.stream(i): out.append(_apply(self.net, mine, buffers, x[i].clone() if own else x))
     return out
 
-# %% ../nbs/13_population.ipynb #41240319
+# %% ../nbs/13_population.ipynb #62c18df4
 @method(Population)
 @contextmanager
 def stream(self,
@@ -171,7 +171,7 @@ def stream(self,
 def _fresh(seed): # the CPU's state that `Trainer(..., seed=seed)` starts from
     return torch.Generator().manual_seed(stream_seed(seed, 'fit')).get_state()
 
-# %% ../nbs/13_population.ipynb #18420bae
+# %% ../nbs/13_population.ipynb #3b3eef9f
 @method(Population)
 def _try(self, x, own):
     "Find out whether the members can be vmapped; if not, warn with the reason and loop"
@@ -208,7 +208,7 @@ def _compare(self, x, own):
         for b, c in zip(self.net.buffers(), buffers, strict=True): b.copy_(c)
         self._streams = streams
 
-# %% ../nbs/13_population.ipynb #6949fa6c
+# %% ../nbs/13_population.ipynb #f82cbae8
 @method(Population)
 def forward(self,
     x, # a batch for all (samples, ...), or one each (members, samples, ...) with `own`
@@ -219,7 +219,7 @@ def forward(self,
     if not self._tried and not torch.compiler.is_compiling(): self._try(x, own)
     return self._vmapped(x, own) if self.running == 'vmap' else torch.stack(self._looped(x, own))
 
-# %% ../nbs/13_population.ipynb #80bb9233
+# %% ../nbs/13_population.ipynb #f11113d7
 @method(Population)
 def losses(self,
     loss, # function of (outputs, targets) to a scalar, for one network
@@ -231,7 +231,7 @@ def losses(self,
     if self.running == 'vmap': return vmap(loss, (0, 0 if own else None), randomness='different')(out, y)
     return torch.stack([loss(o.clone(), y[i] if own else y) for i, o in enumerate(out.unbind(0))])
 
-# %% ../nbs/13_population.ipynb #e1a7a968
+# %% ../nbs/13_population.ipynb #008c1b3e
 class Step:
     "Training steps of a population as one call, captured on a GPU"
     def __init__(self,
@@ -272,7 +272,7 @@ class Step:
         self.graph.replay()
         return self.result
 
-# %% ../nbs/13_population.ipynb #a9832ba5
+# %% ../nbs/13_population.ipynb #75706e15
 @method(Step)
 def _first(self, x):
     "Let the population find out whether it can be vmapped, before anything is recorded; true if it cannot"
@@ -304,7 +304,7 @@ def _record(self, x, y):
     with torch.no_grad():
         for t, k in zip(self._tensors(), kept, strict=True): t.copy_(k)
 
-# %% ../nbs/13_population.ipynb #b99f63e1
+# %% ../nbs/13_population.ipynb #a5066979
 class OwnOrders:
     "Data whose training batches are (members, samples, ...): each member in its own order"
     def __init__(self, data, seeds): self.data, self.seeds = data, list(seeds)
@@ -329,7 +329,7 @@ def own_orders(
     "The same data, in an order of each member's own"
     return OwnOrders(data, population.seeds)
 
-# %% ../nbs/13_population.ipynb #e0f0bff4
+# %% ../nbs/13_population.ipynb #b3c2e2cf
 MEMBER_OPTIMIZERS = dict(sgd=MemberSGD, adam=MemberAdam, adamw=MemberAdamW, noisy_sgd=MemberSGD)
 
 def member_optimizer(
@@ -348,7 +348,7 @@ def member_optimizer(
         raise ValueError(f"optimizer: got {name!r}, takes {', '.join(MEMBER_OPTIMIZERS)}, or a MemberOptimizer")
     return name(population.parameters(), population=population, clip=clip, **settings)
 
-# %% ../nbs/13_population.ipynb #a5205448
+# %% ../nbs/13_population.ipynb #fa0af1a6
 class PopulationTrainer(Trainer):
     "The training loop with a population in it"
     def __init__(self,
@@ -378,7 +378,7 @@ class PopulationTrainer(Trainer):
     def members(self): return self.model.n
     def _own(self, y): return y.ndim > self.data.y_train.ndim  # one more dimension, over members
 
-# %% ../nbs/13_population.ipynb #a4e02aa4
+# %% ../nbs/13_population.ipynb #4f296809
 @method(PopulationTrainer)
 def _zero(self):
     "Sums of loss, hits and samples of each member"
@@ -401,7 +401,7 @@ def _row(self, sums):
     for one, many, s in parts: row |= {one: s.mean().item(), f'{one}_sd': s.std(correction=0).item(), many: s.tolist()}
     return row
 
-# %% ../nbs/13_population.ipynb #422fe5f2
+# %% ../nbs/13_population.ipynb #0fad9fef
 @method(PopulationTrainer)
 def _loss(self, x, y):
     "Forward pass and the members' losses"
@@ -431,7 +431,7 @@ def predict(self, x, batch_size:int=1024) -> torch.Tensor: # (members, samples, 
     with evaluating(self.model) as model:
         return torch.cat([model(self.data.normalize(b.to(self.device))).float() for b in x.split(batch_size)], 1)
 
-# %% ../nbs/13_population.ipynb #b0feeed5
+# %% ../nbs/13_population.ipynb #b59e196c
 @method(PopulationTrainer)
 def _captured(self):
     "Whether this step can be a graph"
@@ -467,10 +467,10 @@ def load_state_dict(self, state):
     Trainer.load_state_dict(self, state)
     self.model._streams, self._steps = state['streams'], {}
 
-# %% ../nbs/13_population.ipynb #99a04c94
+# %% ../nbs/13_population.ipynb #d69a9517
 Population.trainer_class = PopulationTrainer
 
-# %% ../nbs/13_population.ipynb #ca8e50ae
+# %% ../nbs/13_population.ipynb #91a87523
 class MemberMonitors(Callback):
     "A `Monitor` for each of some members"
     def __init__(self,

@@ -262,10 +262,12 @@ def test_trying_leaves_no_trace():
 
 # in the loop ----------------------------------------------------------------
 
-@pytest.mark.parametrize('model, optimizer', [('dropout', 'adam'), ('batch_norm', 'noisy_sgd')])
-def test_stopped_and_resumed(data, tmp_path, model, optimizer):
-    def new(seeds=(0, 1)):
-        pop = Population(MODELS[model], seeds=seeds)
+RESUMED = [('dropout', 'adam', 'loop'), ('batch_norm', 'noisy_sgd', 'loop'), ('dropout', 'adam', 'vmap')]
+
+@pytest.mark.parametrize('model, optimizer, engine', RESUMED)
+def test_stopped_and_resumed(data, tmp_path, model, optimizer, engine):
+    def new():
+        pop = Population(MODELS[model], 2, engine=engine)
         return PopulationTrainer(pop, own_orders(data, pop), optimizer, lr=[.01, .02], batch_size=16, device='cpu')
     through, stopped = new(), new()
     through.fit(2)
