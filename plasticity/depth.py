@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Residual', 'identity_layer', 'silence', 'seen', 'place', 'deeper', 'made', 'tops', 'renamed', 'forget',
            'TwinAttention', 'project', 'mask', 'forward', 'twin_attention']
 
-# %% ../nbs/07f_depth.ipynb #2c6801f6
+# %% ../nbs/07f_depth.ipynb #5113f4dd
 import itertools, math
 from collections import OrderedDict
 from copy import deepcopy
@@ -17,10 +17,10 @@ from torch import nn
 
 from .results import Table, did_you_mean, method
 from .starts import fresh_tensors
-from .surgery import Surgeon, find, operation
+from .surgery import Surgeon, operation
 from .trial import _changed, quiet, relative, tensors_in
 
-# %% ../nbs/07f_depth.ipynb #3ffade8c
+# %% ../nbs/07f_depth.ipynb #00a53146
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 class Residual(nn.Module):
@@ -49,7 +49,7 @@ def identity_layer(
     nn.init.zeros_(layer.bias)
     return nn.Sequential(layer, nn.ReLU())
 
-# %% ../nbs/07f_depth.ipynb #46f95305
+# %% ../nbs/07f_depth.ipynb #d75a4926
 def _zeroable(block):
     "Sets of parameters that could be the last weights of a branch, last first"
     out = []
@@ -75,7 +75,7 @@ def silence(
                 for p, v in old: p.data.copy_(v)
     return False
 
-# %% ../nbs/07f_depth.ipynb #4002419b
+# %% ../nbs/07f_depth.ipynb #2ccb4eb0
 KINDS = ('auto', 'identity', 'residual', 'block')
 
 def seen(
@@ -103,7 +103,7 @@ def _spatial(module, y):
     if isinstance(last[-1], (nn.Linear, nn.LayerNorm)): return 0
     return y.dim() - 2
 
-# %% ../nbs/07f_depth.ipynb #381194ce
+# %% ../nbs/07f_depth.ipynb #bb651aa2
 def place(
     model, # any module
     at:str, # path of the module to insert behind
@@ -124,7 +124,7 @@ def place(
 
 def _is_act(m): return type(m).__module__ == 'torch.nn.modules.activation' and not isinstance(m, nn.MultiheadAttention)
 
-# %% ../nbs/07f_depth.ipynb #76b8d129
+# %% ../nbs/07f_depth.ipynb #4431ac09
 def deeper(
     model, # any module
     at:str, # path of the module to insert behind
@@ -150,7 +150,7 @@ def deeper(
     if kind == 'block': raise ValueError(f'at: no block beside {path!r} can be made silent (post-norm, or other shapes); kind="residual" fits anywhere')
     return dict(op='insert', parent=up, name=name, **_layer(model, path, up, name, ys[0][0], kind, width, seed))
 
-# %% ../nbs/07f_depth.ipynb #27819d89
+# %% ../nbs/07f_depth.ipynb #27fc5561
 def _layer(model, path, up, name, y, kind, width, seed):
     "Specification and values of an identity or residual layer"
     module, box = model.get_submodule(path), model.get_submodule(up)
@@ -189,7 +189,7 @@ def _block(model, path, like, got, seed):
 
 def _tensors(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
-# %% ../nbs/07f_depth.ipynb #ee46f608
+# %% ../nbs/07f_depth.ipynb #46dce53e
 def made(
     model, # to copy a block from
     spec:dict, # kind and sizes
@@ -208,7 +208,7 @@ def made(
     for p in new.parameters(): p.grad = None
     return new
 
-# %% ../nbs/07f_depth.ipynb #0ea37668
+# %% ../nbs/07f_depth.ipynb #64d41654
 def _children(box, name, new):
     "The container's children with `new` behind `name`"
     numbered = all(k.isdigit() for k in box._modules)
@@ -233,7 +233,7 @@ def _join(surgeon, new, near):
                 def back(group=group, old=list(group['params'])): group['params'][:] = old
                 surgeon.journal.append(back); group['params'].append(p)
 
-# %% ../nbs/07f_depth.ipynb #e5319506
+# %% ../nbs/07f_depth.ipynb #ddd3aed9
 @operation
 def _insert(self, parent, name, spec, values):
     before, moved = {id(t): n for n, t in _tensors(self.model).items()}, None
@@ -269,7 +269,7 @@ def _remove(self, parent, name, behind, wrapped, spec):
     self.renamed(before)
     return [dict(op='insert', parent=parent, name=behind, spec=spec, values=values)]
 
-# %% ../nbs/07f_depth.ipynb #d0e52a8e
+# %% ../nbs/07f_depth.ipynb #cf59682d
 @method(Surgeon)
 def tops(self): # the model and its followers that are modules
     return self.modules('')
@@ -302,7 +302,7 @@ def forget(self, params):
         for g, ps in groups: g['params'][:] = [p for p in ps if all(p is not q for q in params)]
         for p, _ in kept: del o.state[p]
 
-# %% ../nbs/07f_depth.ipynb #7e73b380
+# %% ../nbs/07f_depth.ipynb #f85388a2
 _PROJECTIONS = ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v')
 
 class TwinAttention(nn.Module):
@@ -327,7 +327,7 @@ class TwinAttention(nn.Module):
         for k, p in self._parameters.items():
             if p is not None: nn.init.zeros_(p) if k.endswith('bias') else nn.init.xavier_uniform_(p)
 
-# %% ../nbs/07f_depth.ipynb #f4b366f6
+# %% ../nbs/07f_depth.ipynb #0425386e
 @method(TwinAttention)
 def project(self, q, k, v): # (L, B, E) -> three of (L, B, heads * head_dim)
     w, b = self.in_proj_weight, self.in_proj_bias
@@ -359,7 +359,7 @@ def mask(self, attn_mask, padding, dtype, B): # broadcastable to (B, heads, L, S
     if padding is not None: padding = F.pad(padding, (0, more)).view(B, 1, 1, -1)
     return padding if attn_mask is None else attn_mask if padding is None else attn_mask + padding
 
-# %% ../nbs/07f_depth.ipynb #542d5324
+# %% ../nbs/07f_depth.ipynb #fea00117
 @method(TwinAttention)
 def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     if query.is_nested: raise TypeError('query: a twin takes no nested tensors; TransformerEncoder(enable_nested_tensor=False)')
@@ -389,7 +389,7 @@ def forward(self, query, key, value, key_padding_mask=None, need_weights=True, a
     if single: return y.squeeze(1), None if weights is None else weights.squeeze(0)
     return y.transpose(0, 1) if swap else y, weights
 
-# %% ../nbs/07f_depth.ipynb #e70a545c
+# %% ../nbs/07f_depth.ipynb #fa9cb9e2
 def twin_attention(
     model, # any module; changed in place
 ): # the model (its twin, where the model is an nn.MultiheadAttention itself)

@@ -6,7 +6,7 @@
 __all__ = ['spread', 'numbers', 'regroup', 'follow', 'sources', 'indices', 'shares', 'fresh_tensors', 'fresh_like', 'chain',
            'flows', 'patches', 'cross', 'unreachable', 'directions']
 
-# %% ../nbs/07e_starts.ipynb #257fb78f
+# %% ../nbs/07e_starts.ipynb #31a00883
 from collections import OrderedDict
 from copy import deepcopy
 
@@ -18,7 +18,7 @@ from .results import Table, generator, stream_seed
 from .surgery import find
 from .trial import as_examples, quiet
 
-# %% ../nbs/07e_starts.ipynb #78ebc77d
+# %% ../nbs/07e_starts.ipynb #ba21de58
 def spread(
     positions, # of each unit along a dimension (units, k)
     size:int, # of the dimension
@@ -37,7 +37,7 @@ def spread(
     order = np.arange(length[run].sum()) + np.repeat(first[run] - begin, length[run])
     return tuple(torch.as_tensor(v) for v in (order, unit[order], np.repeat(copy, length[run])))
 
-# %% ../nbs/07e_starts.ipynb #0a690db5
+# %% ../nbs/07e_starts.ipynb #2468eb28
 def numbers(
     n:int, # units before
     copies, # the unit that each new unit copies
@@ -62,7 +62,7 @@ def follow(positions, order):
     to[order.flip(0)] = torch.arange(len(order)).flip(0)
     return to[positions]
 
-# %% ../nbs/07e_starts.ipynb #7a26dc53
+# %% ../nbs/07e_starts.ipynb #6a263448
 def sources(
     n:int, # units there are
     k:int, # units to add
@@ -106,7 +106,7 @@ def shares(
     part = torch.tensor((1 - split) / split, dtype=torch.float64).pow(copy)
     return part / torch.zeros(n, dtype=torch.float64).index_add(0, unit, part)[unit]
 
-# %% ../nbs/07e_starts.ipynb #3ac8a79e
+# %% ../nbs/07e_starts.ipynb #0a1724ea
 def fresh_tensors(
     module, # that holds the tensors
     seed:int=0, # of the draw
@@ -138,7 +138,7 @@ def fresh_like(
     shape = [len(at) if i == dim else s for i, s in enumerate(t.shape)]
     return torch.randn(shape, generator=generator(seed, 'fresh', *stream)) * t.detach().float().std().cpu()
 
-# %% ../nbs/07e_starts.ipynb #6b0a82af
+# %% ../nbs/07e_starts.ipynb #3fc71b4b
 def chain(
     g, # a group
     maps, # its positions
@@ -187,7 +187,7 @@ def flows(
     if any(v is None for v in grads): raise ValueError('loss: does not depend on all layers that read these units')
     return got[made][0][0], [(got[n][0][0], v.detach()) for n, v in zip(read, grads, strict=True)]
 
-# %% ../nbs/07e_starts.ipynb #1cc9aed6
+# %% ../nbs/07e_starts.ipynb #6f320283
 def patches(
     x, # input of a layer
     layer, # nn.Linear or nn.Conv2d
@@ -229,7 +229,7 @@ def unreachable(
     rest = rest.to(grad.dtype)
     return rest.view(*grad.movedim(1, -1).shape).movedim(-1, 1) if grad.dim() == 4 else rest.view(grad.shape)
 
-# %% ../nbs/07e_starts.ipynb #4119d59c
+# %% ../nbs/07e_starts.ipynb #ebea9cdb
 def directions(
     model, # any module
     made:str, # name of the weight that makes the units

@@ -7,7 +7,7 @@ __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_s
            'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'trial_of',
            'hidden_sizes', 'differs', 'check', 'refuse']
 
-# %% ../nbs/07d_trial.ipynb #2407421f
+# %% ../nbs/07d_trial.ipynb #ee0c6826
 import contextlib, itertools, random, weakref
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ from .results import Table, generator, method
 from .surgery import Surgeon
 from .units import HardCodedShape, Indivisible, NotPreserved
 
-# %% ../nbs/07d_trial.ipynb #2af383c5
+# %% ../nbs/07d_trial.ipynb #deb8c537
 def as_examples(
     examples, # a tensor, a tuple or dict of inputs, or a list of such
 )->list: # of (args, kwargs)
@@ -54,7 +54,7 @@ def _changed(value, fn):
         return type(value)(*inner) if hasattr(value, '_fields') else type(value)(inner)
     return value
 
-# %% ../nbs/07d_trial.ipynb #8fa397eb
+# %% ../nbs/07d_trial.ipynb #b66fe46d
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
@@ -78,7 +78,7 @@ def full_precision():
     finally:
         for s, v in zip(spots, old, strict=True): s.fp32_precision = v
 
-# %% ../nbs/07d_trial.ipynb #4002e7e0
+# %% ../nbs/07d_trial.ipynb #28ccd717
 @contextlib.contextmanager
 def same_state(model):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
@@ -96,7 +96,7 @@ def same_state(model):
             for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
             m.__dict__.update(d)
 
-# %% ../nbs/07d_trial.ipynb #00f769a8
+# %% ../nbs/07d_trial.ipynb #ed7d4024
 @contextlib.contextmanager
 def quiet(
     model, # any module
@@ -114,7 +114,7 @@ def quiet(
         for m in model.modules(): m.training = branches and any(True for _ in m.children())
         yield model
 
-# %% ../nbs/07d_trial.ipynb #7fa2d338
+# %% ../nbs/07d_trial.ipynb #e6a37792
 def relative(
     new:list, # output tensors
     old:list, # the same before
@@ -142,7 +142,7 @@ def described(new, old):
     if shapes: return f'an output of shape {shapes[0][0]} instead of {shapes[0][1]}'
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
-# %% ../nbs/07d_trial.ipynb #68b56fa0
+# %% ../nbs/07d_trial.ipynb #82d09f2e
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
@@ -173,7 +173,7 @@ def standing_in(values):
     finally:
         for t, v, g in old: t.data = v; t.grad = g
 
-# %% ../nbs/07d_trial.ipynb #ece93cbf
+# %% ../nbs/07d_trial.ipynb #93cd8783
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -208,7 +208,7 @@ class Trial:
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
-# %% ../nbs/07d_trial.ipynb #9b16d883
+# %% ../nbs/07d_trial.ipynb #fe6bb487
 _FLOOR = {torch.float64: 1000 * 2.3e-16, torch.float32: 1000 * 1.2e-7}
 
 @method(Trial)
@@ -245,7 +245,7 @@ def settle(self):
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
 
-# %% ../nbs/07d_trial.ipynb #70bd574b
+# %% ../nbs/07d_trial.ipynb #6994faac
 @method(Trial)
 def steady(self):
     "Whether the branches of training can be run and give the same twice"
@@ -268,7 +268,7 @@ def promised(self,
         return self.outputs()
     finally: s.rollback()
 
-# %% ../nbs/07d_trial.ipynb #1152586c
+# %% ../nbs/07d_trial.ipynb #0a66cf98
 _TRIALS = weakref.WeakKeyDictionary() # model -> (key, tensors of the examples, settled trial)
 
 def trial_of(
@@ -294,7 +294,7 @@ def trial_of(
     found.blind = bool(stand_ins(model, found.dtype))
     return found
 
-# %% ../nbs/07d_trial.ipynb #269d312f
+# %% ../nbs/07d_trial.ipynb #d8325068
 def _values(m):
     "(attribute, value) of a module, where it is an int or a tuple of ints"
     user = not type(m).__module__.startswith('torch.nn')
@@ -327,7 +327,7 @@ def _tries(found, most=48):
     sets += [a + b for a, b in itertools.combinations(same, 2)] if len(names) > 2 else []
     return sets[:most]
 
-# %% ../nbs/07d_trial.ipynb #1ef218aa
+# %% ../nbs/07d_trial.ipynb #f48f4269
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"
