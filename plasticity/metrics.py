@@ -703,7 +703,7 @@ def _summed_loss(loss, out, y):
 def _groups(records, batch):
     "Records of equal shape, stacked: (their states, Rows, whether activations and gradients of each layer are finite)"
     groups = {}
-    for r in records: groups.setdefault(r.key(), []).append(r)
+    for r in records: groups.setdefault((r.key(), r.x.shape, None if r.top is None else r.top.shape, r.stats.gram is None), []).append(r)
     for rs in groups.values():
         f = rs[0].stats.sums.dtype
         x, top, g = (None if getattr(rs[0], k) is None else torch.stack([getattr(r, k) for r in rs]).to(f) for k in ('x', 'top', 'g'))

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP', 'MOST_VALUES', 'SUMS', 'MOST_CALLS', 'FIELDS',
-           'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'row_stride', 'row_index', 'take_images',
+           'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread', 'row_index', 'take_images', 'places',
            'take_rows', 'grad_sums', 'unit_sums', 'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record',
            'accumulate', 'record', 'stats_of', 'Watch', 'first_tensor', 'Monitor', 'attach', 'remove', 'before_fit',
            'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
-import fnmatch, math, sys
+import fnmatch, functools, math, sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -91,54 +91,75 @@ def unit_axis(
 # %% ../nbs/04_monitors.ipynb #928320ea
 MOST_VALUES = 2**22  # of one layer in one measured step
 
-def row_stride(n, rows, positions):
-    "The largest distance between rows so that `rows` of them fit in `n` and no position of an image is favoured"
-    s = max(1, n // rows)
-    while math.gcd(s, positions) > 1: s -= 1
-    return s
+@functools.lru_cache(4096)
+def spread(samples, positions, rows):
+    "How to choose `rows` of samples x positions rows: sizes (blocks, images, each) and their distances in images and in positions"
+    used = min(samples, rows)
+    each = min(positions, max(1, rows // used))                                # positions of an image
+    apart, window = samples // used, positions // each
+    length = next(k for k in range(min(used, window), 0, -1) if used % k == 0) # images until the position starts over
+    return (used//length, length, each), (length*apart, apart, 0), (0, window//length, window)
 
-def row_index(shape, rows, device, cache=None):
-    "For each leading dimension of `shape` the positions of `rows` rows spread evenly over all of them"
-    key = (tuple(shape), rows, str(device))
-    if cache is not None and key in cache: return cache[key]
-    s = row_stride(math.prod(shape), rows, math.prod(shape[1:]))
-    idx = torch.unravel_index(torch.arange(rows, device=device) * s, tuple(shape))
-    if cache is not None: cache[key] = idx
-    return idx
+def row_index(samples, positions, rows):
+    "The chosen rows, as indices into samples x positions, sample by sample"
+    sizes, images, places = spread(samples, positions, rows)
+    return torch.arange(samples*positions).as_strided(sizes, [i*positions + p for i, p in zip(images, places, strict=True)]).flatten()
 
 # %% ../nbs/04_monitors.ipynb #6faedc81
 def take_images(h, rows=None):
     "Evenly spread images of a map, all their positions: at most four million values, all images if `rows` is None"
-    images = len(h) if rows is None else max(1, min(len(h), MOST_VALUES // max(1, h[0].numel())))
-    return h[::-(-len(h) // images)]
+    images = len(h) if rows is None else max(1, min(len(h), MOST_VALUES*len(h) // h.numel()))
+    return h if images == len(h) else h[::-(-len(h) // images)]
 
+def places(h, axis):
+    "(units, samples, positions) of a tensor and their strides, or None where the positions are not evenly apart"
+    rest = [d for d in range(1, h.ndim) if d != axis and h.shape[d] > 1]
+    if any(h.stride(a) != h.shape[b]*h.stride(b) for a, b in zip(rest[:-1], rest[1:], strict=True)): return None
+    n = h.numel() // max(1, h.shape[0]*h.shape[axis])
+    return (h.shape[axis], h.shape[0], n), (h.stride(axis), h.stride(0), h.stride(rest[-1]) if rest else 0)
+
+@torch.no_grad()
 def take_rows(
-    h, # activations, units on `axis`
+    h, # activations, units on `axis`, samples on the first
     axis, # which axis runs over units
     rows=None, # at most so many; None: all
-    cache=None, # a dict that keeps the positions from step to step
 )->torch.Tensor: # (rows, units), a copy
     "Evenly spread rows of `h`, one per sample and position"
-    h = h.detach().movedim(axis, -1)                                   # (samples, ..., units)
-    n = h.shape[:-1].numel()
-    rows = n if rows is None else max(1, min(rows, MOST_VALUES // max(1, h.shape[-1])))
-    if rows >= n: return h.reshape(n, h.shape[-1]).clone()
-    return h[row_index(h.shape[:-1], rows, h.device, cache)]           # one gather
+    if h.ndim == 1: h, axis = h[None], 1
+    axis %= h.ndim
+    plan = None if axis == 0 or torch._C._functorch.is_functorch_wrapped_tensor(h) else places(h, axis)
+    if plan is None: return _gather(h, axis, rows)
+    (units, samples, positions), (du, ds, dp) = plan
+    n = samples*positions
+    rows = n if rows is None else max(1, min(rows, MOST_VALUES // max(1, units)))
+    if rows >= n: sizes, strides = (samples, positions), (ds, dp)
+    else:
+        sizes, images, at = spread(samples, positions, rows)
+        strides = [i*ds + p*dp for i, p in zip(images, at, strict=True)]
+    return h.as_strided((*sizes, units), (*strides, du)).clone(memory_format=torch.contiguous_format).view(-1, units)
+
+def _gather(h, axis, rows):
+    "The same rows of a tensor that cannot be addressed by strides"
+    h = h.movedim(axis, -1)
+    samples, positions = h.shape[0], h.shape[1:-1].numel()
+    h = h.reshape(samples*positions, h.shape[-1])
+    rows = len(h) if rows is None else max(1, min(rows, MOST_VALUES // max(1, h.shape[-1])))
+    return h.clone() if rows >= len(h) else h[row_index(samples, positions, rows).to(h.device)]
 
 # %% ../nbs/04_monitors.ipynb #2a9a0642
 SUMS = ('sum', 'square', 'cube', 'fourth', 'abs', 'zeros', 'near', 'grad_n', 'grad_abs', 'grad_square', 'saturated', 'saturated_mean')
 
 def grad_sums(g, mean, factor, scale, threshold):
-    "From gradients g (layers, rows, units) and mean |h| (layers, units): what `SUMS` names from 'grad_n' on"
-    a, level = g.abs(), threshold * mean.clamp(min=1e-12)[:, None]                       # (layers, 1, units)
-    rows = [torch.full_like(mean, g.shape[1]), a.sum(1) * (factor/scale), (g*g).sum(1) * (factor/scale)**2,
-            (a < level*(scale/factor)).sum(1, dtype=g.dtype), (a < level*scale).sum(1, dtype=g.dtype)]
-    ok = rows[2].isfinite().all(1)[:, None, None]                                        # an overflow shows in the squares
-    return torch.where(ok, torch.stack(rows, 1), 0.)                                     # (layers, 5, units)
+    "From gradients g (rows, units) and mean |h| (units,): what `SUMS` names from 'grad_n' on"
+    a, level = g.abs(), threshold * mean.clamp(min=1e-12)
+    square = (g*g).sum(0) * (factor/scale)**2
+    rows = [torch.full_like(mean, len(g)), a.sum(0) * (factor/scale), square,
+            (a < level*(scale/factor)).sum(0, dtype=g.dtype), (a < level*scale).sum(0, dtype=g.dtype)]
+    return torch.where(square.isfinite(), torch.stack(rows), 0.)               # (5, units); an overflow shows in the squares
 
 # %% ../nbs/04_monitors.ipynb #34d9e1a1
 def unit_sums(
-    x, # rows (layers, rows, units), float64
+    x, # rows (rows, units), float64
     a, # |x|
     g=None, # gradients of the loss with respect to x
     batch=1., # multiplies g: batch size if the loss is a mean
@@ -146,17 +167,17 @@ def unit_sums(
     bounds=None, # (low, high) of a bounded activation
     zero=1e-7, # |h| below this counts as zero
     saturation=1e-4, # |g| / mean |h| below this counts as saturated
-)->torch.Tensor: # (layers, len(SUMS), units)
-    "The sums of `SUMS` of several layers at once"
+)->torch.Tensor: # (len(SUMS), units)
+    "The sums of `SUMS`"
     x2 = x*x
-    rows = [x.sum(1), x2.sum(1), (x2*x).sum(1), (x2*x2).sum(1), a.sum(1), (a < zero).sum(1, dtype=x.dtype)]
+    rows = [x.sum(0), x2.sum(0), (x2*x).sum(0), (x2*x2).sum(0), a.sum(0), (a < zero).sum(0, dtype=x.dtype)]
     if bounds is None: rows.append(torch.zeros_like(rows[0]))
     else:
         low, high, edge = *bounds, .05 * (bounds[1] - bounds[0])
-        rows.append(((x <= low + edge) | (x >= high - edge)).sum(1, dtype=x.dtype))
-    s = torch.stack(rows, 1)
-    tail = torch.zeros_like(s[:, :5]) if g is None else grad_sums(g, rows[4] / x.shape[1], batch, scale, saturation)
-    return torch.cat([s, tail], 1)
+        rows.append(((x <= low + edge) | (x >= high - edge)).sum(0, dtype=x.dtype))
+    s = torch.stack(rows)
+    tail = torch.zeros_like(s[:5]) if g is None else grad_sums(g, rows[4] / len(x), batch, scale, saturation)
+    return torch.cat([s, tail])
 
 # %% ../nbs/04_monitors.ipynb #83299954
 def activation_bounds(module):
@@ -239,52 +260,70 @@ class Record:
     g: torch.Tensor = None # (rows, units) gradient of the loss
     batch: float = 1. # multiplies g
     def key(self):
-        top = None if self.top is None else tuple(self.top.shape)
-        return tuple(self.x.shape), top, self.x.device, self.g is None, self.batch, self.stats.bounds, self.stats.gram is None
+        s = self.stats
+        return len(self.x), self.x.device, s.sums.dtype, self.g is None, self.batch, s.bounds, s.zero, s.saturation
 
 # %% ../nbs/04_monitors.ipynb #587a2dd4
+def _together(items, key):
+    "Items with the same key, in lists"
+    out = {}
+    for v in items: out.setdefault(key(v), []).append(v)
+    return out.values()
+
 @torch.no_grad()
 def accumulate(records, scale=None):
     "Add the records to their states; `scale` divides the gradients (number or tensor of a gradient scaler)"
-    groups = {}
-    for r in records: groups.setdefault(r.key(), []).append(r)
-    for rs in groups.values():
-        s, f = rs[0].stats, rs[0].stats.sums.dtype
+    for rs in _together(records, Record.key):
+        s, widths = rs[0].stats, [r.x.shape[1] for r in rs]
         with torch.autocast(rs[0].x.device.type, enabled=False):
-            x = torch.stack([r.x for r in rs]).to(f)                                     # (layers, rows, units)
-            g = None if rs[0].g is None else torch.stack([r.g for r in rs]).to(f)
+            x = torch.cat([r.x for r in rs], 1).to(s.sums.dtype)                         # (rows, units of all layers)
+            g = None if rs[0].g is None else torch.cat([r.g for r in rs], 1).to(x)
             a = x.abs()
             sums = unit_sums(x, a, g, rs[0].batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation)
-            if rs[0].top is None: top, samples, active = a.amax(1), x.shape[1], x.shape[1] - sums[:, SUMS.index('zeros')]
-            else:
-                tops = torch.stack([r.top for r in rs]).to(f)                            # (layers, images, units)
-                top, samples, active = tops.amax(1), tops.shape[1], (~(tops < s.zero)).sum(1, dtype=f)
-            part = x if s.gram_units is None else x[..., s.gram_units]
-            gram = None if s.gram is None else part.mT @ part                            # (layers, k, k)
-        _add_in_place(rs, sums, active, top, gram, samples)
+            parts = zip(rs, x.split(widths, 1), sums.split(widths, 1), a.amax(0).split(widths), strict=True)
+            for r, v, w, top in parts: r.x, r.sums, r.largest = v, w, top
+            _add_in_place(rs)
+            for same in _together([r for r in rs if r.top is not None], lambda r: len(r.top)): _add_tops(same)
+            for same in _together([r for r in rs if r.stats.gram is not None], lambda r: len(r.stats.gram)): _add_grams(same)
 
 # %% ../nbs/04_monitors.ipynb #dc10dcdc
-def _add_in_place(rs, sums, active, top, gram, samples):
-    "Add row l of each tensor to the state of record l; the same state may stand twice"
-    for r in rs: r.stats.n += r.x.shape[0]; r.stats.samples += samples; r.stats.passes += 1
-    if len({id(r.stats) for r in rs}) < len(rs):
-        for l, r in enumerate(rs):
-            r.stats.sums += sums[l]; r.stats.active += active[l]; torch.maximum(r.stats.largest, top[l], out=r.stats.largest)
-            if gram is not None: r.stats.gram += gram[l]
-        return
-    torch._foreach_add_([r.stats.sums for r in rs], list(sums))
-    torch._foreach_add_([r.stats.active for r in rs], list(active))
-    torch._foreach_maximum_([r.stats.largest for r in rs], list(top))
-    if gram is not None: torch._foreach_add_([r.stats.gram for r in rs], list(gram))
+def _add(states, values, largest=False):
+    "Add values to tensors in place (or take the larger), few launches; the same tensor may stand twice"
+    if len({id(t) for t in states}) == len(states):
+        (torch._foreach_maximum_ if largest else torch._foreach_add_)(states, values)
+    else:
+        for t, v in zip(states, values, strict=True): torch.maximum(t, v, out=t) if largest else t.add_(v)
+
+def _add_in_place(rs):
+    "Sums, and what is a sample for layers that are no maps"
+    for r in rs: r.stats.n += len(r.x); r.stats.samples += len(r.x if r.top is None else r.top); r.stats.passes += 1
+    _add([r.stats.sums for r in rs], [r.sums for r in rs])
+    flat = [r for r in rs if r.top is None]
+    if not flat: return
+    _add([r.stats.largest for r in flat], [r.largest for r in flat], largest=True)
+    _add([r.stats.active for r in flat], [len(r.x) - r.sums[SUMS.index('zeros')] for r in flat])
+
+def _add_tops(rs):
+    "Images in which a unit of a map is active anywhere"
+    widths = [r.top.shape[1] for r in rs]
+    tops = torch.cat([r.top for r in rs], 1).to(rs[0].stats.sums.dtype)                  # (images, units of these layers)
+    active = (~(tops < rs[0].stats.zero)).sum(0, dtype=tops.dtype)
+    _add([r.stats.active for r in rs], active.split(widths))
+    _add([r.stats.largest for r in rs], tops.amax(0).split(widths), largest=True)
+
+def _add_grams(rs):
+    "Gram matrices of layers of the same width"
+    x = torch.stack([r.x if r.stats.gram_units is None else r.x[:, r.stats.gram_units] for r in rs])
+    _add([r.stats.gram for r in rs], list(x.mT @ x))
 
 # %% ../nbs/04_monitors.ipynb #2796a8fa
-def record(stats, h, axis, rows=None, cache=None, all_images=False):
+@torch.no_grad()
+def record(stats, h, axis, rows=None, all_images=False):
     "A `Record` of activations `h` for `stats`: rows, and for maps the largest |h| of each image"
-    d = h.detach()
-    if d.dtype == torch.bool or not d.is_floating_point(): d = d.float()
-    maps = axis == 1 and d.ndim > 2
-    top = take_images(d, None if all_images else rows).abs().amax(tuple(range(2, d.ndim))) if maps else None
-    return Record(stats, take_rows(d, axis, rows, cache), top)
+    if not h.is_floating_point(): h = h.float()
+    maps = axis == 1 and h.ndim > 2
+    top = torch.linalg.vector_norm(take_images(h, None if all_images else rows), math.inf, tuple(range(2, h.ndim))) if maps else None
+    return Record(stats, take_rows(h, axis, rows), top)
 
 def stats_of(
     h, # activations (samples, units), (samples, tokens, units) or (samples, channels, height, width)
@@ -305,10 +344,10 @@ def stats_of(
 # %% ../nbs/04_monitors.ipynb #b33622c8
 class Watch:
     "Records of one forward (and backward) pass through chosen layers"
-    def __init__(self, layers, state, rows=512, gradients=True, batch=None, axis=None, cache=None, all_images=False):
+    def __init__(self, layers, state, rows=512, gradients=True, batch=None, axis=None, all_images=False):
         self.all_images, self.grad_handles = all_images, []
         self.layers, self.state, self.rows, self.gradients, self.batch = layers, state, rows, gradients, batch
-        self.axis, self.cache, self.records, self.waiting, self.calls, self.handles = axis or {}, cache, [], 0, {}, []
+        self.axis, self.records, self.waiting, self.calls, self.handles = axis or {}, [], 0, {}, []
         self.on_last = lambda: None # called when the last expected gradient has come
         self.closed = False # no more layers will call
 
@@ -364,7 +403,7 @@ def _hook(self, name):
         if h.ndim > 2: h._unit_axis = axis
         call = self.calls[name] = min(self.calls.get(name, 0) + 1, MOST_CALLS)
         stats = self.state(name if call == 1 else f'{name}:{call}', module, h.shape[axis - lone], h.device)
-        r = record(stats, _batched(module, h), axis, self.rows, self.cache, self.all_images)
+        r = record(stats, _batched(module, h), axis, self.rows, self.all_images)
         self.records.append(r)
         if self.gradients and h.requires_grad: self._follow(r, h, axis, lone)
     return hook
@@ -377,7 +416,7 @@ def _follow(self, r, h, axis, lone):
     self.waiting += 1
     def grad(g):
         if r.g is not None or r not in self.records: return
-        r.g = take_rows(g[None] if lone else g, axis, self.rows, self.cache)
+        r.g = take_rows(g[None] if lone else g, axis, self.rows)
         self.waiting -= 1
         if not self.waiting and self.closed: self.on_last()
     self.grad_handles.append(h.register_hook(grad))
@@ -407,7 +446,7 @@ class Monitor:
         self.model, self.layers, self.every, self.gradients, self.rows, self.scale = model, layers, every, gradients, rows, scale
         self.loss_reduction, self.axis = loss_reduction, axis
         self.new = dict(max_units=max_units, gram=gram, zero=zero, saturation=saturation)
-        self._cache, self._watch, self._handles, self._due, self._batch, self._stance, self._inside = {}, None, [], None, None, None, False
+        self._watch, self._handles, self._due, self._batch, self._stance, self._inside = None, [], None, None, None, False
         self.names = list(select(model, layers))
         self.reset()
 
@@ -461,7 +500,7 @@ def _before(self, module, args, kwargs):
     self._flush()
     self._inside, self.measured = True, self.measured + 1
     self._watch = Watch(select(self.model, self.layers), self._state, self.rows, self.gradients and torch.is_grad_enabled(),
-                        self._factor(args, kwargs), self.axis, self._cache)
+                        self._factor(args, kwargs), self.axis)
     self._watch.on_last = self._flush
     self._stance = eager()
     self._stance.__enter__()

@@ -208,6 +208,10 @@ _DTYPES = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 # %% ../nbs/03_training.ipynb #5c02486b
 class Trainer:
     "The training loop: `fit`, `evaluate`, `predict`, `save`, `load`"
+    def __new__(cls, model=None, *args, **options):
+        "A model may bring the trainer that knows it (`trainer_class`), as a population of networks does"
+        return super().__new__(getattr(model, 'trainer_class', cls) if cls is Trainer else cls)
+
     def __init__(self,
         model, # any nn.Module from a batch to (samples, outputs)
         data, # a `Data`, or anything with its `batches`, `n_batches`, `normalize`, `task` and `to`
