@@ -8,9 +8,10 @@ __all__ = ['FUSED_RNN', 'VERBS', 'EVEN', 'HARMLESS', 'QUIET', 'CACHE', 'COLOURS'
            'WrappedModel', 'LastUnits', 'Indivisible', 'silent', 'untouched', 'plain_run', 'paths', 'tensors_in',
            'as_calls', 'run_once', 'run_all', 'follow', 'Cut', 'reasons', 'settle', 'fingerprints', 'groups', 'Group',
            'roles', 'build', 'axis_of', 'owner', 'shared', 'call_them', 'refusals', 'finish', 'Units', 'NoSuchGroup',
-           'frozen_table', 'discover', 'aliases', 'unwrapped', 'state_key', 'units', 'arrows', 'layers', 'plot']
+           'frozen_table', 'discover', 'aliases', 'unwrapped', 'state_key', 'units', 'arrows', 'layers', 'broken',
+           'plot']
 
-# %% ../nbs/07_units.ipynb #87244193
+# %% ../nbs/07_units.ipynb #0ec153b0
 import random, sys, weakref
 from collections import OrderedDict, defaultdict
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ import plasticity.oprules # noqa: F401 fills the table of rules
 from .labels import POLICIES, Mark, Trace, mixed
 from .results import Table, did_you_mean, method
 
-# %% ../nbs/07_units.ipynb #22890336
+# %% ../nbs/07_units.ipynb #276873fe
 class EditError(RuntimeError): "An edit that was refused, or could not be kept; the model is as it was"
 class FrozenUnits(EditError): "These units are fixed by the output, the input, an index, or an op without a rule"
 class MixedUnits(EditError): "A norm, a softmax or a reduction runs over these units"
@@ -37,7 +38,7 @@ class WrappedModel(EditError): "The model is inside a wrapper that holds its own
 class LastUnits(EditError): "The edit would leave no unit"
 class Indivisible(EditError): "The units cannot be divided as asked"
 
-# %% ../nbs/07_units.ipynb #ee1a7bf2
+# %% ../nbs/07_units.ipynb #5b13d245
 def silent(hooks): # an OrderedDict of hooks
     "The hooks without those that only observe"
     def observes(f): return getattr(f, 'observes_only', False) or getattr(getattr(f, '__self__', None), 'observes_only', False)
@@ -64,7 +65,7 @@ def untouched(
             m.__dict__.clear(), m.__dict__.update(attrs)
             for have, was in zip((m._parameters, m._buffers, m._modules), dicts, strict=True): have.clear(), have.update(was)
 
-# %% ../nbs/07_units.ipynb #c4e0801d
+# %% ../nbs/07_units.ipynb #7d863a84
 @contextmanager
 def plain_run(
     slow_rnn:bool # take recurrent layers apart
@@ -81,7 +82,7 @@ def plain_run(
         s.enter_context(torch.no_grad())
         yield
 
-# %% ../nbs/07_units.ipynb #e0b0fc46
+# %% ../nbs/07_units.ipynb #a63db296
 @contextmanager
 def paths(model, tr):
     "Inside, the trace knows in which module it is"
@@ -93,7 +94,7 @@ def paths(model, tr):
     try: yield
     finally: a.remove(), b.remove(), tr.path.clear()
 
-# %% ../nbs/07_units.ipynb #db023a1e
+# %% ../nbs/07_units.ipynb #3d4b7f3b
 def tensors_in(obj, depth=6): # anything a model takes or returns
     "All tensors in nested containers and plain objects"
     if isinstance(obj, torch.Tensor): return [obj]
@@ -111,7 +112,7 @@ def as_calls(
     if not many: raise ValueError('examples: got an empty list, takes at least one example')
     return [((), e) if isinstance(e, dict) else (e, {}) if isinstance(e, tuple) else ((e,), {}) for e in many]
 
-# %% ../nbs/07_units.ipynb #22377338
+# %% ../nbs/07_units.ipynb #d1be87b4
 def run_once(model, tr, args, kwargs, slow_rnn):
     "One forward pass under the trace; its outputs cannot move"
     for t in tensors_in((args, kwargs)): tr.feed(t)
@@ -131,7 +132,7 @@ def run_all(model, tr, calls, slow_rnn):
             except Exception as e: failed.setdefault(mode, e) # kept: raised if both modes fail, a note in the table else
     return failed
 
-# %% ../nbs/07_units.ipynb #598a8da8
+# %% ../nbs/07_units.ipynb #565d8a5b
 FUSED_RNN = {'mkldnn_rnn_layer', '_cudnn_rnn', 'miopen_rnn'}
 
 def follow(
@@ -155,7 +156,7 @@ def follow(
     tr.unseen = [n for n, p in model.named_parameters() if id(p) not in tr.seen]
     return tr, failed
 
-# %% ../nbs/07_units.ipynb #02c4c15a
+# %% ../nbs/07_units.ipynb #a1f031e0
 class Cut:
     "The classes of one trace, cut into groups of like ones"
     def __init__(self, tr:Trace):
@@ -174,7 +175,7 @@ class Cut:
 
     def roots(self, ids): return np.unique(self.tr.classes.find(ids))
 
-# %% ../nbs/07_units.ipynb #9a77f419
+# %% ../nbs/07_units.ipynb #7cfcf8fd
 @method(Cut)
 def reasons(self): # (classes,) the number of the first mark that froze it, -1 if none did
     "Why classes cannot move"
@@ -191,7 +192,7 @@ def reasons(self): # (classes,) the number of the first mark that froze it, -1 i
         tr.frozen.append(Mark('is never used', idle, '', ''))
     return why
 
-# %% ../nbs/07_units.ipynb #26f18299
+# %% ../nbs/07_units.ipynb #2077070e
 @method(Cut)
 def settle(self):
     "Products of weights with weights: the dimension inside is read by one of the two, if nothing else uses it"
@@ -212,7 +213,7 @@ def fingerprints(self): # (classes,)
         out[self.roots(np.concatenate([m.ids for m in tr.flags if m.kind == kind]))] += mixed(-1 - i)
     return out
 
-# %% ../nbs/07_units.ipynb #9372018f
+# %% ../nbs/07_units.ipynb #fbe728aa
 @method(Cut)
 def groups(self,
     frozen:bool=False # those that can move, or those that cannot
@@ -236,7 +237,7 @@ def groups(self,
         out.append((root[first[g]], {self.keys[cols[a]]: self.pos[rows[:, a:b]] for a, b in zip(edge, edge[1:], strict=False)}))
     return sorted(out, key=lambda o: o[0].min())
 
-# %% ../nbs/07_units.ipynb #c3e29053
+# %% ../nbs/07_units.ipynb #65576046
 VERBS = ('widen', 'clone', 'prune', 'reset')
 
 class Group:
@@ -260,7 +261,7 @@ class Group:
     def __repr__(self):
         return f"{self.name}: {self.n} {self.axis}s in {len(self.tensors)} tensors; can {', '.join(self.can) or 'do nothing'}"
 
-# %% ../nbs/07_units.ipynb #8e76920f
+# %% ../nbs/07_units.ipynb #61170270
 @method(Cut)
 def roles(self,
     marks:list # reads or writes of the trace
@@ -296,7 +297,7 @@ def build(self,
         out.append(g)
     return out
 
-# %% ../nbs/07_units.ipynb #8116d954
+# %% ../nbs/07_units.ipynb #591fa5e4
 def axis_of(
     kinds, # what was said about the group
     policy # of the trace
@@ -307,7 +308,7 @@ def axis_of(
     if split and policy == 'inner' and kinds & {'bilinear', 'value'}: return 'head_dim'
     return 'group' if 'groups' in split and policy != 'inner' else 'unit'
 
-# %% ../nbs/07_units.ipynb #48d2920d
+# %% ../nbs/07_units.ipynb #8bc8cc18
 def owner(tensor:str): # the name of a parameter or buffer
     "The path of the module that a tensor belongs to"
     module, _, last = tensor.rpartition('.')
@@ -319,7 +320,7 @@ def shared(paths): # module paths
     n = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts)))
     return '.'.join(parts[0][:n])
 
-# %% ../nbs/07_units.ipynb #02cfc223
+# %% ../nbs/07_units.ipynb #bda14dfb
 def call_them(
     groups, # [Group], named in place
     taken=() # names that are not free
@@ -340,7 +341,7 @@ def call_them(
     for name, gs in at.items():
         for i, g in enumerate((g for g in gs if not g.name), 1): g.name = f'{name}:{i}'
 
-# %% ../nbs/07_units.ipynb #c4a3bbc0
+# %% ../nbs/07_units.ipynb #6076cae0
 EVEN = set('layer_norm rms_norm group_norm mean amax amin max min var std var_mean std_mean'.split()) # equal copies keep these
 HARMLESS = {'depthwise', 'grouped'}
 
@@ -363,7 +364,7 @@ def refusals(
     if g.n == 1: block(('prune',), 'LastUnits', 'it is the only unit')
     return out
 
-# %% ../nbs/07_units.ipynb #fd164ca9
+# %% ../nbs/07_units.ipynb #3f0e2c36
 def finish(model, groups, fixed, unseen):
     "Names and refusals"
     call_them(groups)
@@ -374,7 +375,7 @@ def finish(model, groups, fixed, unseen):
         error = 'UnseenParameters' if g.why.kind == 'is never used' else 'FrozenUnits'
         g.blocked = dict.fromkeys(VERBS, (error, '{!r} dim {} {}, in {}'.format(*g.made, g.why.kind, g.why.place)))
 
-# %% ../nbs/07_units.ipynb #9bcd4727
+# %% ../nbs/07_units.ipynb #0c00173c
 class Units:
     "The unit groups of a model: iterable, found by name, module, tensor or number"
     def __init__(self,
@@ -405,7 +406,7 @@ class Units:
     def __repr__(self): return repr(self.table) + self._foot('\n')
     def _repr_markdown_(self): return self.table._repr_markdown_() + self._foot('\n\n')
 
-# %% ../nbs/07_units.ipynb #f8cfaeea
+# %% ../nbs/07_units.ipynb #f7bbd52d
 class NoSuchGroup(EditError, KeyError):
     "A name that stands for no group, or for several"
     __str__ = RuntimeError.__str__
@@ -436,7 +437,7 @@ def __contains__(self, key):
     except (NoSuchGroup, IndexError): return False
     return True
 
-# %% ../nbs/07_units.ipynb #f35f6b9d
+# %% ../nbs/07_units.ipynb #05c22981
 QUIET = {'is a position of a kernel', 'is broadcast', 'is lost in a view', 'is the same for every group'}
 
 def frozen_table(
@@ -452,7 +453,7 @@ def frozen_table(
         rows.append(dict(tensor=name, dim=d, positions=f'{len(ids)} of {n}', why=mark.kind, op=mark.op, module=mark.module))
     return Table(rows)
 
-# %% ../nbs/07_units.ipynb #56f3a18f
+# %% ../nbs/07_units.ipynb #6e90648a
 def discover(
     model:nn.Module,
     calls:list, # [(args, kwargs)]
@@ -481,7 +482,7 @@ def aliases(model):
     first, tensors = {}, [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {n: first.setdefault(id(t), n) for n, t in tensors}
 
-# %% ../nbs/07_units.ipynb #3cd6d26e
+# %% ../nbs/07_units.ipynb #2e31531c
 def unwrapped(model):
     "The module itself; a compiled one is looked into, other wrappers are refused"
     if hasattr(model, '_orig_mod'): model = model._orig_mod
@@ -493,7 +494,7 @@ def unwrapped(model):
     if lazy: raise UnseenParameters(f'model: {lazy[0]!r} has no shape yet; run the model once first')
     return model
 
-# %% ../nbs/07_units.ipynb #819ded21
+# %% ../nbs/07_units.ipynb #1eccc890
 CACHE = weakref.WeakKeyDictionary() # model -> (key, the tensors it was made from, its units)
 
 def state_key(model, calls, rules):
@@ -522,7 +523,7 @@ def units(
     CACHE[model] = key, [weakref.ref(t) for t in held], found
     return found
 
-# %% ../nbs/07_units.ipynb #f3ee6da5
+# %% ../nbs/07_units.ipynb #58aae518
 @method(Units)
 def arrows(self): # {(from, to): tensors}; 'input' and 'output' are the ends
     "Which group reads which, through which weights"
@@ -548,31 +549,41 @@ def layers(self): # [[name]], from the input on
     level['output'] = 1 + max(level[n] for n in order if n != 'output')
     return [[n for n in order if level[n] == k] for k in sorted(set(level.values()))]
 
-# %% ../nbs/07_units.ipynb #93f89ac1
+# %% ../nbs/07_units.ipynb #08357166
 COLOURS = dict(unit='#dbe9f6', head='#fddcb5', head_dim='#fff1dd', group='#d9f0d3')
+
+def broken(name, width=22): # a dotted name
+    "The name in lines, broken at dots"
+    lines = ['']
+    for part in name.replace('.', '.|').split('|'):
+        if lines[-1] and len(lines[-1] + part) > width: lines.append('')
+        lines[-1] += part
+    return lines
 
 @method(Units)
 def plot(self,
     across:int=5 # boxes in a row
 ): # a matplotlib figure
-    "The groups as a graph: boxes in layers, arrows for weights; dashed boxes cannot be widened"
+    "The groups as a graph: boxes in layers, arrows for weights (two heads: there and back); dashed boxes cannot be widened"
     import matplotlib.pyplot as plt
     rows = [level[i:i + across] for level in self.layers() for i in range(0, len(level), across)]
     at = {n: (i - (len(r) - 1)/2, -y) for y, r in enumerate(rows) for i, n in enumerate(r)}
-    width = max(map(len, rows))
-    fig, ax = plt.subplots(figsize=(2.*width + 1, .62*len(rows) + .4), dpi=80)
-    for a, b in self.arrows():
+    said = {g.name: (g, '\n'.join(broken(g.name)), f'{g.n} {g.axis}s') for g in self.groups}
+    long, wide = max([12, *(len(l) for _, n, _ in said.values() for l in n.split('\n'))]), max(map(len, rows))
+    fig, ax = plt.subplots(figsize=((.075*long + .5)*wide, .72*len(rows)), dpi=80)
+    ax.set(xlim=(-wide/2, wide/2), ylim=(-len(rows) + .5, .5), position=(0, 0, 1, 1)), ax.axis('off')
+    arrows = self.arrows()
+    for a, b in arrows:
         (xa, ya), (xb, yb) = at[a], at[b]
-        back = yb >= ya
-        look = dict(color='#c66', ls=':') if back else dict(color='#889', ls='-')
+        back, both = yb >= ya, (b, a) in arrows
+        if back and both: continue # drawn once, with two heads
+        look = dict(color='#c66', ls=':') if back else dict(color='#c66' if both else '#889', ls='-')
         if back or xa == xb and ya - yb > 1: look['connectionstyle'] = 'arc3,rad=.4' # not through the boxes between
-        ends = (xb, yb + (-.25 if back else .25)), (xa, ya + (.25 if back else -.25))
-        ax.annotate('', *ends, zorder=1, arrowprops=dict(arrowstyle='->', lw=.8, **look))
+        ends = (xb, yb + (-.3 if back else .3)), (xa, ya + (.3 if back else -.3))
+        ax.annotate('', *ends, zorder=1, arrowprops=dict(arrowstyle='<->' if both else '->', lw=.8, **look))
     for n, (x, y) in at.items():
-        g = next((g for g in self.groups if g.name == n), None)
-        ax.text(x, y, f'{n}\n{g.n} {g.axis}s' if g else n, ha='center', va='center', fontsize=7, zorder=2, bbox=dict(
+        g, *lines = said.get(n, (None, n))
+        ax.text(x, y, '\n'.join(lines), ha='center', va='center', fontsize=7, zorder=2, bbox=dict(
             boxstyle='round', fc=COLOURS[g.axis] if g else '#eee', ec='#555', lw=.8, ls='-' if g is None or 'widen' in g.can else '--'))
-    ax.set(xlim=(-width/2 - .1, width/2 + .1), ylim=(-len(rows) + .5, .5))
-    ax.axis('off')
     plt.close(fig)
     return fig

@@ -374,6 +374,15 @@ def test_names_are_unique_and_table_reads():
         assert len(set(u.names)) == len(u) and all(u[n].name == n for n in u.names)
         assert all(n in repr(u) for n in u.names) and u._repr_markdown_().startswith('| name') and repr(u[0]).startswith(u[0].name)
 
+def test_graph_and_picture():
+    pytest.importorskip('matplotlib')
+    for name in ('unet', 'timm_vit', 'lstm', 'two_inputs', 'topless'):
+        u = units(*zoo.build(name)) if name != 'topless' else units(nn.Linear(3, 2), torch.randn(2, 3))
+        assert sorted(n for l in u.layers() for n in l) == sorted(['input', *u.names, 'output'])
+        assert len(u.plot().axes[0].texts) >= len(u) + 2
+    u = units(*zoo.build('unet'))
+    assert u.arrows()['d1', 'u1'] == ['u1.weight'] and u.layers()[1:3] == [['d1'], ['d2']]
+
 # --- ops without rules, rules of users
 
 A = torch.ops.aten
@@ -558,7 +567,8 @@ def test_indices_freeze():
         assert len(u) == 0 and u['a'].blocked['widen'][0] == 'FrozenUnits'
 
 def test_moves_do_not_freeze():
-    for fn in (lambda h: h.flip(-1), lambda h: h + h.new_zeros(h.shape), lambda h: h.roll(1, -1), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1),
+    for fn in (lambda h: h.flip(-1), lambda h: h + h.new_zeros(h.shape), lambda h: h.roll(1, -1),
+               lambda h: torch.cat([h[:, 2:], h[:, :2]], 1),
                lambda h: h[:, None].repeat(1, 3, 1).sum(1), lambda h: h.unflatten(1, (2, 2)).transpose(1, 2).flatten(1),
                lambda h: torch.stack(h.chunk(2, 1), 1).flatten(1), lambda h: torch.empty_like(h).copy_(h),
                lambda h: torch.where(h > 0, h, h.exp() - 1), lambda h: nn.functional.pad(h, (1, 0))[:, 1:],
