@@ -135,6 +135,40 @@ def test_foreign():
     c = clone(net, 2, examples=x)
     assert (net(x) - base(x)).abs().max() < 1e-12 and set(c.layers) == {'0', '1', '2', '3', '4'}
 
+class Shaped(nn.Module):
+    "Attention that takes its scale from a shape, q, k and v from one projection"
+    def __init__(self):
+        super().__init__()
+        self.start, self.qkv, self.out, self.end, self.head_dim = nn.Linear(5, 8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 2), 4
+
+    def forward(self, x):
+        x = self.start(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        a = (q @ k.mT/q.shape[-1]**.5).softmax(-1)
+        return self.end(x + self.out((a @ v).transpose(1, 2).flatten(2)))
+
+@pytest.mark.parametrize('heads', ['head_dim', 'heads'])
+@pytest.mark.parametrize('make', [Shaped, lambda: nn.Sequential(
+    nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.), nn.Linear(8, 3))])
+def test_foreign_attention(make, heads):
+    with torch.no_grad():
+        net, x = make().double(), torch.randn(3, 4, 5).double()
+        base = copy.deepcopy(net)
+        c = clone(net, 3, examples=x, heads=heads)
+        assert difference(net, base, x) < 1e-12 and next(m for m in net.modules() if isinstance(m, nn.Linear)).out_features == 24
+        assert heads == 'head_dim' or c.error < 1e-12
+        replay(net, c.record.inverse())
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), base.state_dict().values(), strict=True))
+
+def test_recurrent():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.l, self.h = nn.LSTM(5, 6, 2, batch_first=True), nn.Linear(6, 2)
+        def forward(self, x): return self.h(self.l(x)[0][:, -1])
+    with torch.no_grad():
+        net, x = Net().double(), torch.randn(3, 4, 5).double()
+        base = copy.deepcopy(net)
+        assert clone(net, 3, examples=x).error < 1e-12 and difference(net, base, x) < 1e-12 and net.l.hidden_size == 18
+
 def test_errors():
     net = shaken('mlp', 'batch')
     for factor in (1, 0, 2.5, True):
@@ -315,16 +349,18 @@ def test_command(tmp_path, monkeypatch):
 def test_escape():
     "One run, and what it reports"
     data = small_data()
-    out = escape(data, 'mlp', dict(hidden_sizes=(6, 6), normalization='batch'), (1, 2), optimizer='sgd', lr=.05, device='cpu', every=1, probe=32)
+    small = dict(hidden_sizes=(6, 6), normalization='batch')
+    out = escape(data, 'mlp', small, (1, 2), optimizer='sgd', lr=.05, device='cpu', every=1, probe=32)
     assert out['clone_r2'] > 1 - 1e-6 and out['deviation'] < 1e-6 and out['base_epochs'] == 1 and out['epochs'] == 3
-    assert out['r2'] == [[1, 2, 3], out['r2'][1]] and {'base_loss', 'clone_test_accuracy', 'base_effective_rank', 'clone_r2_joudaki'} <= out.keys()
+    assert out['r2'][0] == [1, 2, 3] and {'base_loss', 'clone_test_accuracy', 'base_effective_rank', 'clone_r2_joudaki'} <= out.keys()
     assert json.loads(json.dumps(out)) == out
-    noisy = escape(data, 'mlp', dict(hidden_sizes=(6, 6)), (1, 1), optimizer='noisy_sgd', lr=.05, device='cpu', probe=32)
+    noisy = escape(data, 'mlp', small, (1, 1), optimizer='noisy_sgd', lr=.05, device='cpu', probe=32)
     assert noisy['clone_r2'] < 1 and noisy['deviation'] > 1e-6
 
 def test_abreast(tmp_path):
-    "Processes beside each other clone and stop at the same epochs; a failure is told"
-    job = dict(data=dict(name='spirals'), model='mlp', options=dict(hidden_sizes=(6,)), optimizer='sgd', lr=.05, device='cpu', probe=32, every=1)
+    'Processes beside each other clone and stop at the same epochs; a failure is told'
+    job = dict(data=dict(name='spirals'), model='mlp', options=dict(hidden_sizes=(6,)), optimizer='sgd', lr=.05)
+    job |= dict(device='cpu', probe=32, every=1)
     out = abreast([[dict(job, arm=a, seed=0, seconds=.5), dict(job, arm=a, seed=1, seconds=.2)] for a in ('a', 'b')])
     assert sorted((r['arm'], r['seed']) for r in out) == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
     for seed in (0, 1):
@@ -333,7 +369,7 @@ def test_abreast(tmp_path):
     with pytest.raises(ValueError, match='nonsense'): abreast([[dict(job, arm='a', seed=0, seconds=.1, data=dict(name='nonsense'))]])
 
 def test_paths():
-    "Twins stay one point, and drift with noise"
+    'Twins stay one point, and drift with noise'
     gap = {}
     for how in ('sgd', 'noisy_sgd'):
         p = Paths('layers.1.act', (1, 3), probe=32)
