@@ -10,7 +10,7 @@ __all__ = ['HEADS', 'SCALES', 'STARTS', 'FLIGHT', 'CloneNetwork', 'sites_of', 'r
            'plot_paths', 'Flight']
 
 # %% ../nbs/09_cloning.ipynb #8750f45d
-import copy, json, time
+import copy, json, time, zlib
 from dataclasses import dataclass
 
 import torch
@@ -624,7 +624,7 @@ class Flight:
     def _repr_html_(self):
         from plasticity.plots import COLOURS
         data = self.data()
-        name = 'flight' + format(abs(hash(json.dumps(data))) % 16**8, 'x')
+        name = f'flight{zlib.crc32(json.dumps(data).encode()):x}'
         parts = dict(NAME=name, DATA=json.dumps(data, separators=(',', ':')), COLOURS=json.dumps(COLOURS[:6]))
         html = FLIGHT
         for k, v in parts.items(): html = html.replace(k, v)
