@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Residual', 'identity_layer', 'silence', 'seen', 'place', 'deeper', 'made', 'tops', 'renamed', 'forget',
            'TwinAttention', 'project', 'mask', 'forward', 'twin_attention']
 
-# %% ../nbs/07f_depth.ipynb #5113f4dd
+# %% ../nbs/07f_depth.ipynb #a2706a3a
 import itertools, math
 from collections import OrderedDict
 from copy import deepcopy
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .results import Table, did_you_mean, method
+from .results import did_you_mean, method
 from .starts import fresh_tensors
 from .surgery import Surgeon, operation
-from .trial import _changed, quiet, relative, tensors_in
+from .trial import _changed, quiet, tensors_in
 
-# %% ../nbs/07f_depth.ipynb #00a53146
+# %% ../nbs/07f_depth.ipynb #f2a20c01
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 class Residual(nn.Module):
@@ -49,7 +49,7 @@ def identity_layer(
     nn.init.zeros_(layer.bias)
     return nn.Sequential(layer, nn.ReLU())
 
-# %% ../nbs/07f_depth.ipynb #d75a4926
+# %% ../nbs/07f_depth.ipynb #5983258b
 def _zeroable(block):
     "Sets of parameters that could be the last weights of a branch, last first"
     out = []
@@ -75,7 +75,7 @@ def silence(
                 for p, v in old: p.data.copy_(v)
     return False
 
-# %% ../nbs/07f_depth.ipynb #2ccb4eb0
+# %% ../nbs/07f_depth.ipynb #6bb7f65b
 KINDS = ('auto', 'identity', 'residual', 'block')
 
 def seen(
@@ -98,12 +98,13 @@ def seen(
 def _spatial(module, y):
     "How many spatial dimensions the output of a module has"
     if y.dim() < 3: return 0
-    last = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm))]
+    last = [m for m in module.modules()
+            if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm))]
     if not last: return y.dim() - 2 if y.dim() > 3 else 0
     if isinstance(last[-1], (nn.Linear, nn.LayerNorm)): return 0
     return y.dim() - 2
 
-# %% ../nbs/07f_depth.ipynb #bb651aa2
+# %% ../nbs/07f_depth.ipynb #05ee3db7
 def place(
     model, # any module
     at:str, # path of the module to insert behind
@@ -124,7 +125,7 @@ def place(
 
 def _is_act(m): return type(m).__module__ == 'torch.nn.modules.activation' and not isinstance(m, nn.MultiheadAttention)
 
-# %% ../nbs/07f_depth.ipynb #4431ac09
+# %% ../nbs/07f_depth.ipynb #de954a32
 def deeper(
     model, # any module
     at:str, # path of the module to insert behind
@@ -143,14 +144,16 @@ def deeper(
     got = seen(model, dict.fromkeys([path, at, *like]), calls)
     if not got[path]: raise ValueError(f'at: the examples never called {path!r}')
     ys = [tensors_in(y) for _, _, y in got[path]]
-    if any(len(t) != 1 or not t[0].is_floating_point() for t in ys): raise ValueError(f'at: {path!r} gives {len(ys[0])} tensors, takes a module that gives one')
+    if any(len(t) != 1 or not t[0].is_floating_point() for t in ys):
+        raise ValueError(f'at: {path!r} gives {len(ys[0])} tensors, takes a module that gives one')
     if kind in ('auto', 'block') and any(True for _ in model.get_submodule(at).children()):
         found = _block(model, path, like, got, seed)
         if found: return dict(op='insert', parent=up, name=name, **found)
-    if kind == 'block': raise ValueError(f'at: no block beside {path!r} can be made silent (post-norm, or other shapes); kind="residual" fits anywhere')
+    if kind == 'block':
+        raise ValueError(f'at: no block beside {path!r} can be made silent (post-norm, or other shapes); kind="residual" fits anywhere')
     return dict(op='insert', parent=up, name=name, **_layer(model, path, up, name, ys[0][0], kind, width, seed))
 
-# %% ../nbs/07f_depth.ipynb #27fc5561
+# %% ../nbs/07f_depth.ipynb #0be3d149
 def _layer(model, path, up, name, y, kind, width, seed):
     "Specification and values of an identity or residual layer"
     module, box = model.get_submodule(path), model.get_submodule(up)
@@ -159,7 +162,8 @@ def _layer(model, path, up, name, y, kind, width, seed):
         before = nn.Sequential(*[m for n, m in box._modules.items()][:list(box._modules).index(name)])
         dims = _spatial(before, y)
     n, relu = y.shape[1 if dims else -1], isinstance(module, (nn.ReLU, nn.ReLU6))
-    if kind == 'identity' and not relu: raise ValueError(f'kind: identity survives a ReLU only, {path!r} is a {type(module).__name__}; take "residual"')
+    if kind == 'identity' and not relu:
+        raise ValueError(f'kind: identity survives a ReLU only, {path!r} is a {type(module).__name__}; take "residual"')
     act = type(module).__name__ if _is_act(module) else 'ReLU'
     identity = relu and kind != 'residual'
     spec = dict(kind='identity', n=n, dims=dims) if identity else dict(kind='residual', n=n, dims=dims, width=width or n, act=act)
@@ -178,7 +182,8 @@ def _block(model, path, like, got, seed):
     here = tensors_in(got[path][0][2])[0].shape
     def keeps(p):
         c = got.get(p)
-        return c and tensors_in(c[0][2]) and [t.shape for t in tensors_in([list(c[0][0]), c[0][1]])][:1] == [here] == [tensors_in(c[0][2])[0].shape]
+        return c and tensors_in(c[0][2]) and [t.shape for t
+                                              in tensors_in([list(c[0][0]), c[0][1]])][:1] == [here] == [tensors_in(c[0][2])[0].shape]
     for p in [path] + [q for q in like if q != path and type(model.get_submodule(q)) is type(model.get_submodule(path))]:
         if not keeps(p): continue
         new = made(model, dict(kind='block', like=p))
@@ -189,7 +194,7 @@ def _block(model, path, like, got, seed):
 
 def _tensors(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
-# %% ../nbs/07f_depth.ipynb #46dce53e
+# %% ../nbs/07f_depth.ipynb #956d707d
 def made(
     model, # to copy a block from
     spec:dict, # kind and sizes
@@ -198,7 +203,8 @@ def made(
     if spec['kind'] == 'identity': return identity_layer(spec['n'], spec['dims'])
     if spec['kind'] == 'residual':
         act = getattr(nn, spec['act'], None)
-        if not (isinstance(act, type) and act.__module__ == 'torch.nn.modules.activation'): raise ValueError(f"act: {spec['act']!r} is no activation of torch.nn")
+        if not (isinstance(act, type) and act.__module__ == 'torch.nn.modules.activation'):
+            raise ValueError(f"act: {spec['act']!r} is no activation of torch.nn")
         return Residual(spec['n'], spec['width'], act(), spec['dims'])
     if spec['kind'] != 'block': raise ValueError(f"kind: got {spec['kind']!r}{did_you_mean(spec['kind'], KINDS)}")
     new = deepcopy(model.get_submodule(spec['like']))
@@ -208,7 +214,7 @@ def made(
     for p in new.parameters(): p.grad = None
     return new
 
-# %% ../nbs/07f_depth.ipynb #64d41654
+# %% ../nbs/07f_depth.ipynb #3dbb085c
 def _children(box, name, new):
     "The container's children with `new` behind `name`"
     numbered = all(k.isdigit() for k in box._modules)
@@ -227,13 +233,16 @@ def _swap(surgeon, box, children):
 def _join(surgeon, new, near):
     "Put new parameters into the optimizer groups of their neighbours"
     for p_name, p in new.named_parameters():
-        same = [q for n, q in near if n.rpartition('.')[2] == p_name.rpartition('.')[2]] or [q for _, q in near if q.dim() == p.dim()] or [q for _, q in near]
+        same = [q for n, q in near if n.rpartition('.')[2] == p_name.rpartition('.')[2]] or [q for _,
+                                                                                             q in near if q.dim() == p.dim()] or [q for _,
+                                                                                                                                  q in near]
         for group in (g for o in surgeon.optimizers for g in o.param_groups):
             if same and any(q is same[-1] for q in group['params']):
-                def back(group=group, old=list(group['params'])): group['params'][:] = old
+                old = list(group['params'])
+                def back(group=group, old=old): group['params'][:] = old
                 surgeon.journal.append(back); group['params'].append(p)
 
-# %% ../nbs/07f_depth.ipynb #ddd3aed9
+# %% ../nbs/07f_depth.ipynb #deeefedf
 @operation
 def _insert(self, parent, name, spec, values):
     before, moved = {id(t): n for n, t in _tensors(self.model).items()}, None
@@ -269,7 +278,7 @@ def _remove(self, parent, name, behind, wrapped, spec):
     self.renamed(before)
     return [dict(op='insert', parent=parent, name=behind, spec=spec, values=values)]
 
-# %% ../nbs/07f_depth.ipynb #cf59682d
+# %% ../nbs/07f_depth.ipynb #72c0626f
 @method(Surgeon)
 def tops(self): # the model and its followers that are modules
     return self.modules('')
@@ -302,7 +311,7 @@ def forget(self, params):
         for g, ps in groups: g['params'][:] = [p for p in ps if all(p is not q for q in params)]
         for p, _ in kept: del o.state[p]
 
-# %% ../nbs/07f_depth.ipynb #f85388a2
+# %% ../nbs/07f_depth.ipynb #e56ae2bb
 _PROJECTIONS = ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v')
 
 class TwinAttention(nn.Module):
@@ -327,13 +336,14 @@ class TwinAttention(nn.Module):
         for k, p in self._parameters.items():
             if p is not None: nn.init.zeros_(p) if k.endswith('bias') else nn.init.xavier_uniform_(p)
 
-# %% ../nbs/07f_depth.ipynb #0425386e
+# %% ../nbs/07f_depth.ipynb #fd51abb3
 @method(TwinAttention)
 def project(self, q, k, v): # (L, B, E) -> three of (L, B, heads * head_dim)
     w, b = self.in_proj_weight, self.in_proj_bias
     if w is None:
         b = b.chunk(3) if b is not None else (None,) * 3
-        return [F.linear(x, p, c) for x, p, c in zip((q, k, v), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), b, strict=True)]
+        return [F.linear(x, p, c) for x, p,
+                c in zip((q, k, v), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), b, strict=True)]
     if q is k and k is v: return F.linear(q, w, b).chunk(3, -1)
     n = w.shape[0] // 3
     if k is v:
@@ -359,7 +369,7 @@ def mask(self, attn_mask, padding, dtype, B): # broadcastable to (B, heads, L, S
     if padding is not None: padding = F.pad(padding, (0, more)).view(B, 1, 1, -1)
     return padding if attn_mask is None else attn_mask if padding is None else attn_mask + padding
 
-# %% ../nbs/07f_depth.ipynb #fea00117
+# %% ../nbs/07f_depth.ipynb #7abf5e4e
 @method(TwinAttention)
 def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     if query.is_nested: raise TypeError('query: a twin takes no nested tensors; TransformerEncoder(enable_nested_tensor=False)')
@@ -389,7 +399,7 @@ def forward(self, query, key, value, key_padding_mask=None, need_weights=True, a
     if single: return y.squeeze(1), None if weights is None else weights.squeeze(0)
     return y.transpose(0, 1) if swap else y, weights
 
-# %% ../nbs/07f_depth.ipynb #fa9cb9e2
+# %% ../nbs/07f_depth.ipynb #93ec8f16
 def twin_attention(
     model, # any module; changed in place
 ): # the model (its twin, where the model is an nn.MultiheadAttention itself)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['link_layers']
 
-# %% ../nbs/07g_links.ipynb #bb4bcff7
+# %% ../nbs/07g_links.ipynb #300924e7
 import torch
 from torch import nn
 
-from .surgery import newcomers, operation, put, set_data, take, write
+from .surgery import newcomers, operation, write
+from .tensors import set_data
 
-# %% ../nbs/07g_links.ipynb #31c0183e
+# %% ../nbs/07g_links.ipynb #83776eb8
 def link_layers(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -28,7 +29,8 @@ def _relinked(surgeon, path, change, values=None, kept=None):
     for layer in layers:
         state = {**layer._parameters, **layer._buffers}
         plain = {k: v for k, v in layer.__dict__.items() if not k.startswith('_')}
-        def back(layer=layer, state=state, data={k: (t.data, t.grad) for k, t in state.items() if t is not None}, plain=plain):
+        data = {k: (t.data, t.grad) for k, t in state.items() if t is not None}
+        def back(layer=layer, state=state, data=data, plain=plain):
             for k, (v, g) in data.items(): set_data(state[k], v); state[k].grad = g
             layer.__dict__.update(plain)
         surgeon.journal.append(back)
@@ -37,7 +39,8 @@ def _relinked(surgeon, path, change, values=None, kept=None):
     for n, order in orders.items():
         gone = torch.ones(len(slots[n][0].tensor), dtype=torch.bool); gone[order[order >= 0]] = False
         lost[n] = {s.path: s.tensor[gone.to(s.tensor.device)] for s in slots[n] if s.path != 'grad'}
-        moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state') or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
+        moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state')
+                  or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
         surgeon.store(moving, [_reordered(s, order, (kept or {}).get(n, {}).get(s.path), values) for s in moving])
     return lost
 
@@ -50,7 +53,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/07g_links.ipynb #3f464474
+# %% ../nbs/07g_links.ipynb #9f665111
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
@@ -70,7 +73,8 @@ def _entries(self, tensor, rows, cols, value=None, values=None):
         i, j = rows.to(s.tensor.device), cols.to(s.tensor.device)
         if s.path != 'grad': old[s.path] = s.tensor[i, j]
         given = (values or {}).get(s.path)
-        if given is None: given = value.to(s.tensor) if s.power == 'value' else torch.zeros(len(i)).to(s.tensor) if value.any() == 0 else _row_peak(s, i)
+        if given is None:
+            given = value.to(s.tensor) if s.power == 'value' else torch.zeros(len(i)).to(s.tensor) if value.any() == 0 else _row_peak(s, i)
         news.append(s.tensor.index_put((i, j), given.to(s.tensor)))
     self.store(slots, news)
     return [dict(op='entries', tensor=tensor, rows=rows, cols=cols, value=value, values=old)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EditRecord', 'to_json', 'save', 'load_record', 'replay']
 
-# %% ../nbs/07h_records.ipynb #27ba62f3
+# %% ../nbs/07h_records.ipynb #b55ea400
 import hashlib, json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .results import Table, method, write_atomic
 from .surgery import Surgeon
 from .tensors import find
 
-# %% ../nbs/07h_records.ipynb #13b98667
+# %% ../nbs/07h_records.ipynb #82325961
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -53,7 +53,8 @@ class EditRecord:
 
     @property
     def table(self):
-        return Table(dict(edit=_told(e['edit']), error=e['error'], tol=e['tol'], tensors=len(e['after']), parameters=_growth(e)) for e in self.edits)
+        return Table(dict(edit=_told(e['edit']), error=e['error'], tol=e['tol'], tensors=len(e['after']), parameters=_growth(e)) for e
+                     in self.edits)
 
     def __repr__(self): return repr(self.table) if self.edits else 'no edits'
     def _repr_markdown_(self): return self.table._repr_markdown_()
@@ -64,12 +65,13 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/07h_records.ipynb #a1ce1657
+# %% ../nbs/07h_records.ipynb #28bd43c3
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
     tensors = []
-    body = dict(format='plasticity edits', version=1, edits=_packed(self.edits, tensors), ops=_packed(self.ops, tensors), undo=_packed(self.undo, tensors))
+    body = dict(format='plasticity edits', version=1, edits=_packed(self.edits, tensors), ops=_packed(self.ops, tensors),
+                undo=_packed(self.undo, tensors))
     return body, {str(i): t for i, t in enumerate(tensors)}
 
 @method(EditRecord)
@@ -95,14 +97,15 @@ def load_record(
     path = Path(path).with_suffix('.json')
     body, data = json.loads(path.read_text()), path.with_suffix('.safetensors').read_bytes()
     if body.get('format') != 'plasticity edits' or body.get('version') != 1: raise ValueError(f'{path}: not an edit record of version 1')
-    if hashlib.sha256(data).hexdigest() != body['sha256']: raise ValueError(f'{path}: the tensors beside it are not those it was written with')
+    if hashlib.sha256(data).hexdigest() != body['sha256']:
+        raise ValueError(f'{path}: the tensors beside it are not those it was written with')
     got = load(data)
     tensors = [got[str(i)] for i in range(len(got))]
     return EditRecord(*(_unpacked(body[k], tensors) for k in ('edits', 'ops', 'undo')))
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/07h_records.ipynb #abbf69fa
+# %% ../nbs/07h_records.ipynb #3e13fd38
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order

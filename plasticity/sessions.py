@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDITS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 'tried', 'attempt']
 
-# %% ../nbs/07i_sessions.ipynb #68446336
+# %% ../nbs/07i_sessions.ipynb #9134e9f7
 import json
 from dataclasses import dataclass, field, fields
 
@@ -22,7 +22,7 @@ from .tensors import find, no_waiting_graph, unwrapped
 from .trial import as_examples, trial_of
 from .units import EditError, units
 
-# %% ../nbs/07i_sessions.ipynb #3169b713
+# %% ../nbs/07i_sessions.ipynb #5508b907
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -74,7 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/07i_sessions.ipynb #292e03be
+# %% ../nbs/07i_sessions.ipynb #9a03a0d7
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -103,7 +103,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/07i_sessions.ipynb #1588f752
+# %% ../nbs/07i_sessions.ipynb #57e9e1af
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -118,7 +118,8 @@ def group(self,
     else:
         known = [*self.base, *self.base.fixed]
         g = next((b for b in known if b is given), None) or next((b for b in known if _alike(b, given)), None)
-        if g is None: raise EditError(f'{given.name}: these units are of the model before an edit; take them from units(model, examples) again')
+        if g is None:
+            raise EditError(f'{given.name}: these units are of the model before an edit; take them from units(model, examples) again')
     maps, n = self.now.setdefault(id(g), [dict(g.maps), g.n])
     error, reason = g.blocked.get(verb, (None, None))
     if error and not (approx and error == 'MixedUnits') and not (error == 'LastUnits' and n > 1):
@@ -137,7 +138,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/07i_sessions.ipynb #05ca7018
+# %% ../nbs/07i_sessions.ipynb #48697b05
 @method(edit)
 def do(self,
     edit, # an Edit

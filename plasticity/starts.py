@@ -6,19 +6,18 @@
 __all__ = ['spread', 'numbers', 'regroup', 'follow', 'sources', 'indices', 'shares', 'fresh_tensors', 'fresh_like', 'chain',
            'flows', 'patches', 'cross', 'unreachable', 'directions']
 
-# %% ../nbs/07e_starts.ipynb #31a00883
-from collections import OrderedDict
+# %% ../nbs/07e_starts.ipynb #498e0d11
 from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import nn
 
-from .results import Table, generator, stream_seed
+from .results import generator, stream_seed
 from .surgery import find
 from .trial import as_examples, quiet
 
-# %% ../nbs/07e_starts.ipynb #ba21de58
+# %% ../nbs/07e_starts.ipynb #634124c1
 def spread(
     positions, # of each unit along a dimension (units, k)
     size:int, # of the dimension
@@ -37,7 +36,7 @@ def spread(
     order = np.arange(length[run].sum()) + np.repeat(first[run] - begin, length[run])
     return tuple(torch.as_tensor(v) for v in (order, unit[order], np.repeat(copy, length[run])))
 
-# %% ../nbs/07e_starts.ipynb #2468eb28
+# %% ../nbs/07e_starts.ipynb #f2f5b180
 def numbers(
     n:int, # units before
     copies, # the unit that each new unit copies
@@ -62,7 +61,7 @@ def follow(positions, order):
     to[order.flip(0)] = torch.arange(len(order)).flip(0)
     return to[positions]
 
-# %% ../nbs/07e_starts.ipynb #6a263448
+# %% ../nbs/07e_starts.ipynb #cc3c6010
 def sources(
     n:int, # units there are
     k:int, # units to add
@@ -90,7 +89,8 @@ def indices(
     got = [got] if isinstance(got, int) and not isinstance(got, bool) else got
     try: out = [int(i) for i in got]
     except (TypeError, ValueError): raise TypeError(f'{what}: got {index!r}, takes unit numbers') from None
-    if bad := [i for i in out if not -n <= i < n]: raise ValueError(f'{what}: got {bad[0]}, takes numbers from {-n} to {n - 1}: there are {n} units')
+    if bad := [i for i in out if not -n <= i < n]:
+        raise ValueError(f'{what}: got {bad[0]}, takes numbers from {-n} to {n - 1}: there are {n} units')
     out = [i % n for i in out]
     if not twice and len(set(out)) < len(out): raise ValueError(f'{what}: got a unit twice: {out}')
     return out
@@ -106,7 +106,7 @@ def shares(
     part = torch.tensor((1 - split) / split, dtype=torch.float64).pow(copy)
     return part / torch.zeros(n, dtype=torch.float64).index_add(0, unit, part)[unit]
 
-# %% ../nbs/07e_starts.ipynb #0a1724ea
+# %% ../nbs/07e_starts.ipynb #1c95456c
 def fresh_tensors(
     module, # that holds the tensors
     seed:int=0, # of the draw
@@ -118,7 +118,8 @@ def fresh_tensors(
     shell = object.__new__(type(module))
     shell.__dict__.update(module.__dict__)
     own = dict(module._parameters)
-    shell.__dict__['_parameters'] = {k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for k, p in own.items()}
+    shell.__dict__['_parameters'] = {k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for k,
+                                     p in own.items()}
     shell.__dict__['_buffers'] = {k: None if b is None else torch.zeros(b.shape, dtype=b.dtype) for k, b in module._buffers.items()}
     shell.__dict__['_modules'] = deepcopy(module._modules)
     state = torch.get_rng_state()
@@ -138,7 +139,7 @@ def fresh_like(
     shape = [len(at) if i == dim else s for i, s in enumerate(t.shape)]
     return torch.randn(shape, generator=generator(seed, 'fresh', *stream)) * t.detach().float().std().cpu()
 
-# %% ../nbs/07e_starts.ipynb #3fc71b4b
+# %% ../nbs/07e_starts.ipynb #59fe3707
 def chain(
     g, # a group
     maps, # its positions
@@ -156,8 +157,10 @@ def chain(
         m = model.get_submodule(name.rpartition('.')[0])
         if not isinstance(m, plain) or not name.endswith('.weight') and name != 'weight': why(f'{name} belongs to a {type(m).__name__}')
         if getattr(m, 'groups', 1) > 1 or dim != want: why(f'{name} is grouped or transposed')
-        if maps[name, dim].shape[1] != 1 or type(m) is not type(model.get_submodule(t.rpartition('.')[0])): why(f'{name} does not read the units one to one')
-        if not isinstance(m, (nn.Linear, nn.Conv2d)) or getattr(m, 'padding_mode', 'zeros') != 'zeros' or isinstance(getattr(m, 'padding', 0), str):
+        if maps[name, dim].shape[1] != 1 or type(m) is not type(model.get_submodule(t.rpartition('.')[0])):
+            why(f'{name} does not read the units one to one')
+        if not isinstance(m, (nn.Linear, nn.Conv2d)) or getattr(m, 'padding_mode',
+                                                                'zeros') != 'zeros' or isinstance(getattr(m, 'padding', 0), str):
             why(f'{name}: {type(m).__name__} with these settings')
     return t, [name for name, _ in read]
 
@@ -169,7 +172,8 @@ def flows(
     loss, # function(output, targets)
 ): # (input of the first layer, [(input of a reading layer, gradient at its output)])
     "What the layers around a group receive on a batch, forward and backward"
-    if data is None or loss is None: raise ValueError('data, loss: this start needs a batch (x, y) and a function loss(output, y); pass both')
+    if data is None or loss is None:
+        raise ValueError('data, loss: this start needs a batch (x, y) and a function loss(output, y); pass both')
     got, hooks, modules = {}, [], {n: model.get_submodule(n.rpartition('.')[0]) for n in (made, *read)}
     for n, m in modules.items():
         hooks.append(m.register_forward_hook(lambda m, args, y, n=n: got.setdefault(n, []).append((args[0].detach(), y))))
@@ -180,14 +184,15 @@ def flows(
     finally:
         for h in hooks: h.remove()
     for n in modules:
-        if len(got.get(n, ())) != 1: raise ValueError(f'start: {n} is used {len(got.get(n, ()))} times in one pass; a closed form needs once')
+        if len(got.get(n, ())) != 1:
+            raise ValueError(f'start: {n} is used {len(got.get(n, ()))} times in one pass; a closed form needs once')
     outs = [got[n][0][1] for n in read]
     if not value.requires_grad: raise ValueError('loss: does not depend on any parameter that requires a gradient')
     grads = torch.autograd.grad(value, outs, allow_unused=True)
     if any(v is None for v in grads): raise ValueError('loss: does not depend on all layers that read these units')
     return got[made][0][0], [(got[n][0][0], v.detach()) for n, v in zip(read, grads, strict=True)]
 
-# %% ../nbs/07e_starts.ipynb #6f320283
+# %% ../nbs/07e_starts.ipynb #0f040b88
 def patches(
     x, # input of a layer
     layer, # nn.Linear or nn.Conv2d
@@ -209,7 +214,8 @@ def cross(
     if isinstance(layer, nn.Linear):
         d = grad.reshape(-1, grad.shape[-1])
         return d.T @ b / len(d)
-    if b.shape[-2:] != x.shape[-2:]: raise ValueError('start: something between the two layers changes the size of the picture, so there is no closed form')
+    if b.shape[-2:] != x.shape[-2:]:
+        raise ValueError('start: something between the two layers changes the size of the picture, so there is no closed form')
     g = torch.nn.grad.conv2d_weight(b, (grad.shape[1], b.shape[1], *layer.kernel_size), grad, layer.stride, layer.padding, layer.dilation)
     return g.permute(0, 2, 3, 1).reshape(-1, b.shape[1]) / len(b)
 
@@ -229,7 +235,7 @@ def unreachable(
     rest = rest.to(grad.dtype)
     return rest.view(*grad.movedim(1, -1).shape).movedim(-1, 1) if grad.dim() == 4 else rest.view(grad.shape)
 
-# %% ../nbs/07e_starts.ipynb #ebea9cdb
+# %% ../nbs/07e_starts.ipynb #91e2d66c
 def directions(
     model, # any module
     made:str, # name of the weight that makes the units
@@ -255,6 +261,7 @@ def directions(
         whole = whole @ white
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
     rank = int((s > s.max() * 1e-12).sum())
-    if k > rank: raise ValueError(f"k: got {k}, but the gradient of this batch has only {rank} directions; take at most {rank}, or start='zero'")
+    if k > rank:
+        raise ValueError(f"k: got {k}, but the gradient of this batch has only {rank} directions; take at most {rank}, or start='zero'")
     incoming = v[:k] @ white if white is not None else v[:k]
     return incoming / incoming.norm(dim=1, keepdim=True), u[:, :k].split([len(g) for g in G]), s[:k]

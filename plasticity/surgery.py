@@ -6,21 +6,21 @@
 __all__ = ['MOMENTS', 'OPS', 'KEPT', 'moments', 'Slot', 'Surgeon', 'slots', 'states', 'say', 'take', 'put', 'write', 'scale',
            'unscale', 'newcomers', 'store', 'mark', 'rollback', 'run', 'operation', 'kept_sizes', 'keep_sizes']
 
-# %% ../nbs/07c_surgery.ipynb #ff71d157
+# %% ../nbs/07c_surgery.ipynb #06604d03
 import warnings
-from collections import OrderedDict
 
 import torch
 from torch import nn
 
-from .results import Table, did_you_mean, method
+from .results import did_you_mean, method
 from .tensors import find, held, no_waiting_graph, owner, set_data, unwrapped # noqa: F401 this page's names too
 
-# %% ../nbs/07c_surgery.ipynb #089ffb72
+# %% ../nbs/07c_surgery.ipynb #7959cd2b
 _ADAM = dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'peak'), max_exp_avg_sq=(2, 'peak'))
 MOMENTS = dict( # optimizer -> state -> (power of the outgoing share, what a unit without a past gets)
     SGD=dict(momentum_buffer=(1, 'zero')), Muon=dict(momentum_buffer=(1, 'zero')),
-    Adam=_ADAM, AdamW=_ADAM, SparseAdam=_ADAM, NAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 4.)), Adamax=dict(exp_avg=(1, 'zero'), exp_inf=(1, 'peak')),
+    Adam=_ADAM, AdamW=_ADAM, SparseAdam=_ADAM, NAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 4.)), Adamax=dict(exp_avg=(1, 'zero'),
+                                                                                                                exp_inf=(1, 'peak')),
     RAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'crawl')),
     RMSprop=dict(square_avg=(2, 'peak'), grad_avg=(1, 'zero'), momentum_buffer=(0, 'zero')),
     Adagrad=dict(sum=(2, 'initial_accumulator_value')), Adadelta=dict(square_avg=(2, 'zero'), acc_delta=(0, 'zero')),
@@ -33,7 +33,7 @@ def moments(
     "What the states of this optimizer mean"
     return next((MOMENTS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in MOMENTS), None)
 
-# %% ../nbs/07c_surgery.ipynb #471dd560
+# %% ../nbs/07c_surgery.ipynb #6b6c5869
 class Slot:
     "One tensor that has the places of a parameter"
     def __init__(self,
@@ -50,7 +50,7 @@ class Slot:
 
     def __repr__(self): return f'{self.path} {tuple(self.tensor.shape)}'
 
-# %% ../nbs/07c_surgery.ipynb #8d5cd860
+# %% ../nbs/07c_surgery.ipynb #81fd0d95
 class Surgeon:
     "Changes tensors of a model with all that follows them, and keeps what going back needs"
     def __init__(self,
@@ -75,7 +75,7 @@ class Surgeon:
 
     def __repr__(self): return f'Surgeon({type(self.model).__name__}, {len(self.optimizers)} optimizers, {len(self.ema)} followers)'
 
-# %% ../nbs/07c_surgery.ipynb #1c7e7e68
+# %% ../nbs/07c_surgery.ipynb #2246e5f9
 @method(Surgeon)
 def slots(self,
     name:str, # of a parameter or buffer
@@ -113,7 +113,7 @@ def say(self, optimizer, key, value, fits):
     done = 'indexed like its parameter, not rescaled' if fits else 'left as it is'
     warnings.warn(f'{name[0]}: its state {key!r} is {done}; add {name[0]} to plasticity.surgery.MOMENTS to say what it means', stacklevel=2)
 
-# %% ../nbs/07c_surgery.ipynb #68cf3303
+# %% ../nbs/07c_surgery.ipynb #b472723b
 def _along(v, t, dim):
     "A vector shaped to multiply `t` along `dim`"
     return v.to(t.device).view([-1 if i == dim % t.dim() else 1 for i in range(t.dim())])
@@ -142,7 +142,7 @@ def write(t, dim, at, values):
     if not isinstance(values, torch.Tensor): return t.index_fill(dim, at, values)
     return t.index_copy(dim, at, values.to(t).expand([len(at) if i == dim % t.dim() else s for i, s in enumerate(t.shape)]))
 
-# %% ../nbs/07c_surgery.ipynb #48cc6526
+# %% ../nbs/07c_surgery.ipynb #4622f4a0
 def _times(part, by, dim, power, invert=False):
     "`part` times (or divided by) `by`, in at least float32"
     wide = part.dtype if part.dtype in (torch.float32, torch.float64) or not part.is_floating_point() else torch.float32
@@ -161,7 +161,7 @@ def unscale(t, dim, at, by, old, power=1):
     same = now == _times(old, by, dim, power)
     return write(t, dim, at, torch.where(same, old, _times(now, by, dim, power, True)))
 
-# %% ../nbs/07c_surgery.ipynb #d3757025
+# %% ../nbs/07c_surgery.ipynb #9ccb9310
 def _corrected(settings):
     "How much of an average of squares Adam's bias correction leaves at the present step"
     if 'betas' not in settings or 'step' not in settings: return 1.
@@ -188,7 +188,7 @@ def newcomers(
     if rule == 'crawl': peak = peak * (.25 / peak.clamp(min=.0025)).clamp(min=1)
     return write(t, dim, at, peak * rule if isinstance(rule, float) else peak)
 
-# %% ../nbs/07c_surgery.ipynb #a7289214
+# %% ../nbs/07c_surgery.ipynb #fbc5dd20
 @method(Surgeon)
 def store(self, slots, news):
     "Put new tensors into slots; `rollback` puts the old ones back"
@@ -222,7 +222,7 @@ def run(self, op:dict):
 
 OPS = {} # name -> function of a surgeon and the operation's fields that returns the inverse operations
 
-# %% ../nbs/07c_surgery.ipynb #e99e8fd6
+# %% ../nbs/07c_surgery.ipynb #683ba7c0
 def operation(fn):
     "Decorator: a function of a surgeon is an operation"
     OPS[fn.__name__.strip('_')] = fn
@@ -261,7 +261,7 @@ def _no_past(slot, dim, at):
     both = newcomers(torch.cat([t, empty], dim), dim, torch.arange(t.shape[dim], t.shape[dim] + len(at)), slot.fresh, slot.settings)
     return both.narrow(dim, t.shape[dim], len(at))
 
-# %% ../nbs/07c_surgery.ipynb #908d789d
+# %% ../nbs/07c_surgery.ipynb #7902dba1
 def _powers(slots, target):
     "Slots that a scaling concerns, with the power of each"
     if target == 'value': return [(s, 1) for s in slots if s.power == 'value']
@@ -286,7 +286,7 @@ def _unscale(self, tensor, dim, at, by, target='value', values=()):
     self.store([s for s, _ in chosen], [unscale(s.tensor, dim, at, by, dict(values).get(s.path), p) for s, p in chosen])
     return [dict(op='scale', tensor=tensor, dim=dim, at=at, by=by, target=target)]
 
-# %% ../nbs/07c_surgery.ipynb #d96c22ae
+# %% ../nbs/07c_surgery.ipynb #627fa11b
 def _aside(slots, dim, at):
     "What the slots hold at these positions"
     return {s.path: take(s.tensor, dim, at) for s in slots if s.path != 'grad'}
@@ -307,11 +307,12 @@ def _fresh(self, tensor, dim, at, rule=None, new=False, values=None):
     for s in slots:
         known = (values or {}).get(s.path)
         news.append(newcomers(s.tensor, dim, at, rule or s.fresh, s.settings, grad) if known is None else write(s.tensor, dim, at, known))
-    self.extra = dict(values={s.path: take(v, dim, at) for s, v in zip(slots, news, strict=True) if s.path != 'grad' and s.tensor.shape[dim] > 1})
+    self.extra = dict(values={s.path: take(v, dim, at) for s, v in zip(slots, news, strict=True) if s.path != 'grad'
+                              and s.tensor.shape[dim] > 1})
     self.store(slots, news)
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
-# %% ../nbs/07c_surgery.ipynb #fb361bcd
+# %% ../nbs/07c_surgery.ipynb #b51af733
 def _conv(m):
     w, out = m.weight, {}
     if m.transposed: return dict(in_channels=w.shape[0], out_channels=w.shape[1] * m.groups)
@@ -341,7 +342,7 @@ def _attention(m):
     e, same = m.out_proj.weight.shape[0], m._qkv_same_embed_dim
     return dict(embed_dim=e, head_dim=e // m.num_heads) | (dict(kdim=e, vdim=e) if same else {})
 
-# %% ../nbs/07c_surgery.ipynb #83f6301b
+# %% ../nbs/07c_surgery.ipynb #63a1c6d6
 KEPT = [ # (module class, what its attributes have to be)
     (nn.Linear, lambda m: dict(out_features=m.weight.shape[0], in_features=m.weight.shape[1])),
     (nn.Bilinear, lambda m: dict(out_features=m.weight.shape[0], in1_features=m.weight.shape[1], in2_features=m.weight.shape[2])),
@@ -359,7 +360,7 @@ def kept_sizes(
     "The attributes of a PyTorch module that repeat a tensor's shape"
     return next((f(module) for cls, f in KEPT if isinstance(module, cls)), {})
 
-# %% ../nbs/07c_surgery.ipynb #bbd61d42
+# %% ../nbs/07c_surgery.ipynb #93cdd8b0
 @operation
 def _attr(self, module, name, value, old=None):
     inverse = []

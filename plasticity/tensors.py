@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['owner', 'find', 'unwrapped', 'set_data', 'held', 'no_waiting_graph']
 
-# %% ../nbs/07b_tensors.ipynb #ec428b89
+# %% ../nbs/07b_tensors.ipynb #f6de4f52
 import gc
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .units import LiveGraph, WrappedModel
 
-# %% ../nbs/07b_tensors.ipynb #12e72e01
+# %% ../nbs/07b_tensors.ipynb #902b736c
 def owner(
     model, # any module
     name:str, # of a parameter or buffer, 'layers.0.weight'
@@ -34,8 +34,9 @@ def find(
     t = module._parameters.get(leaf)
     return t if t is not None else module._buffers.get(leaf)
 
-# %% ../nbs/07b_tensors.ipynb #8d7bbf80
-_COPIED = dict(DistributedDataParallel='edit `wrapped.module` after deleting the wrapper, then wrap it again (every rank with the same seed)',
+# %% ../nbs/07b_tensors.ipynb #df8b8934
+_COPIED = dict(DistributedDataParallel='edit `wrapped.module` after deleting the wrapper, then wrap it again (every rank with the same '
+               'seed)',
                FullyShardedDataParallel='edit the model before it is sharded', FSDPModule='edit the model before it is sharded',
                ScriptModule='edit the Python model, then script it again', GraphModuleInference='edit the model it was exported from')
 
@@ -47,11 +48,12 @@ def unwrapped(
     Raises: WrappedModel for a wrapper that does not."""
     if not isinstance(model, nn.Module): raise TypeError(f'model: got a {type(model).__name__}, takes an nn.Module')
     for cls in type(model).__mro__:
-        if cls.__name__ in _COPIED: raise WrappedModel(f'model: a {type(model).__name__} keeps its own copy of the shapes; {_COPIED[cls.__name__]}')
+        if cls.__name__ in _COPIED:
+            raise WrappedModel(f'model: a {type(model).__name__} keeps its own copy of the shapes; {_COPIED[cls.__name__]}')
     if hasattr(model, '_orig_mod'): return unwrapped(model._orig_mod)
     return unwrapped(model.module) if isinstance(model, nn.DataParallel) else model
 
-# %% ../nbs/07b_tensors.ipynb #c89a6d5a
+# %% ../nbs/07b_tensors.ipynb #f9bfd3f0
 def set_data(
     t, # a parameter or buffer
     new, # its new contents, any shape
@@ -64,7 +66,7 @@ def set_data(
     t.data = new
     if grad is not None and grad.shape == new.shape and grad.dtype == new.dtype: t.grad = grad
 
-# %% ../nbs/07b_tensors.ipynb #76700902
+# %% ../nbs/07b_tensors.ipynb #446e89e5
 def held(
     t, # a parameter
 )->bool:
@@ -78,7 +80,8 @@ def _saved(node):
     names = [a for a in dir(node) if a.startswith('_saved_') and not a.endswith(('_sizes', '_strides'))]
     try: values = [getattr(node, a) for a in names + ['saved_tensors'] * hasattr(type(node), 'saved_tensors')]
     except RuntimeError: return 'freed'
-    return 'kept' if any(isinstance(v, torch.Tensor) or (isinstance(v, tuple) and v and isinstance(v[0], torch.Tensor)) for v in values) else None
+    return 'kept' if any(isinstance(v, torch.Tensor) or (isinstance(v, tuple) and v and isinstance(v[0], torch.Tensor)) for v
+                         in values) else None
 
 def _waiting(root, marked):
     "Whether a backward from `root` would still reach a marked node"
@@ -91,7 +94,7 @@ def _waiting(root, marked):
         if state != 'freed': stack += [n for n, _ in node.next_functions]
     return hit and ('kept' in states or 'freed' not in states)
 
-# %% ../nbs/07b_tensors.ipynb #2f5f1e65
+# %% ../nbs/07b_tensors.ipynb #0941d91d
 def no_waiting_graph(
     named:dict, # name -> parameter to be changed
 ):

@@ -7,7 +7,7 @@ __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_s
            'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'trial_of',
            'hidden_sizes', 'differs', 'check', 'refuse']
 
-# %% ../nbs/07d_trial.ipynb #ee0c6826
+# %% ../nbs/07d_trial.ipynb #be92a27d
 import contextlib, itertools, random, weakref
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .results import Table, generator, method
+from .results import generator, method
 from .surgery import Surgeon
 from .units import HardCodedShape, Indivisible, NotPreserved
 
-# %% ../nbs/07d_trial.ipynb #deb8c537
+# %% ../nbs/07d_trial.ipynb #0a4d8859
 def as_examples(
     examples, # a tensor, a tuple or dict of inputs, or a list of such
 )->list: # of (args, kwargs)
@@ -42,7 +42,8 @@ def tensors_in(
     if isinstance(out, torch.Tensor): return [out]
     if isinstance(out, (str, bytes, int, float, nn.Module)) or out is None or id(out) in seen: return []
     seen.add(id(out))
-    inner = out.values() if isinstance(out, Mapping) else out if isinstance(out, (list, tuple)) else vars(out).values() if hasattr(out, '__dict__') else ()
+    if isinstance(out, Mapping): inner = out.values()
+    else: inner = out if isinstance(out, (list, tuple)) else vars(out).values() if hasattr(out, '__dict__') else ()
     return [t for v in inner for t in tensors_in(v, seen)]
 
 def _changed(value, fn):
@@ -54,7 +55,7 @@ def _changed(value, fn):
         return type(value)(*inner) if hasattr(value, '_fields') else type(value)(inner)
     return value
 
-# %% ../nbs/07d_trial.ipynb #b66fe46d
+# %% ../nbs/07d_trial.ipynb #3b65b782
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
@@ -78,7 +79,7 @@ def full_precision():
     finally:
         for s, v in zip(spots, old, strict=True): s.fp32_precision = v
 
-# %% ../nbs/07d_trial.ipynb #28ccd717
+# %% ../nbs/07d_trial.ipynb #49a0ec89
 @contextlib.contextmanager
 def same_state(model):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
@@ -96,7 +97,7 @@ def same_state(model):
             for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
             m.__dict__.update(d)
 
-# %% ../nbs/07d_trial.ipynb #ed7d4024
+# %% ../nbs/07d_trial.ipynb #4f35c8e0
 @contextlib.contextmanager
 def quiet(
     model, # any module
@@ -114,7 +115,7 @@ def quiet(
         for m in model.modules(): m.training = branches and any(True for _ in m.children())
         yield model
 
-# %% ../nbs/07d_trial.ipynb #e6a37792
+# %% ../nbs/07d_trial.ipynb #90dda222
 def relative(
     new:list, # output tensors
     old:list, # the same before
@@ -142,7 +143,7 @@ def described(new, old):
     if shapes: return f'an output of shape {shapes[0][0]} instead of {shapes[0][1]}'
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
-# %% ../nbs/07d_trial.ipynb #82d09f2e
+# %% ../nbs/07d_trial.ipynb #684f8dd8
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
@@ -155,8 +156,8 @@ def stand_ins(
         if not t.is_floating_point(): continue
         v = t.data
         if v.numel() > 1 and (isinstance(t, nn.Parameter) or id(t) in stats):
-            c = v.reshape(-1)[0]
-            if bool((v == c).all()):
+            flat = v.reshape(-1); c = flat[0]
+            if bool((flat[:64] == c).all()) and bool((flat == c).all()):
                 r = torch.rand(v.shape, generator=g).to(v)
                 v = (r - .5) * .2 if c == 0 else c * (.5 + r)
         if dtype is not None and v.dtype != dtype: v = v.to(dtype)
@@ -173,7 +174,7 @@ def standing_in(values):
     finally:
         for t, v, g in old: t.data = v; t.grad = g
 
-# %% ../nbs/07d_trial.ipynb #93cd8783
+# %% ../nbs/07d_trial.ipynb #63827f19
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -208,7 +209,7 @@ class Trial:
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
-# %% ../nbs/07d_trial.ipynb #fe6bb487
+# %% ../nbs/07d_trial.ipynb #dc9f9348
 _FLOOR = {torch.float64: 1000 * 2.3e-16, torch.float32: 1000 * 1.2e-7}
 
 @method(Trial)
@@ -219,7 +220,8 @@ def noise(self):
     clean = self.outputs()
     if floats: return relative(self.outputs(eps), clean)
     g, params = generator(0, 'weights'), {p: p.data for p in self.model.parameters() if p.is_floating_point()}
-    with standing_in({p: v * (1 + eps * torch.randn(v.shape, generator=g).to(v)) for p, v in params.items()}): return relative(self.outputs(), clean)
+    with standing_in({p: v * (1 + eps * torch.randn(v.shape, generator=g).to(v)) for p, v in params.items()}):
+        return relative(self.outputs(), clean)
 
 @method(Trial)
 def settle(self):
@@ -245,7 +247,7 @@ def settle(self):
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
 
-# %% ../nbs/07d_trial.ipynb #6994faac
+# %% ../nbs/07d_trial.ipynb #d0fafd9e
 @method(Trial)
 def steady(self):
     "Whether the branches of training can be run and give the same twice"
@@ -268,7 +270,7 @@ def promised(self,
         return self.outputs()
     finally: s.rollback()
 
-# %% ../nbs/07d_trial.ipynb #0a66cf98
+# %% ../nbs/07d_trial.ipynb #b2a02688
 _TRIALS = weakref.WeakKeyDictionary() # model -> (key, tensors of the examples, settled trial)
 
 def trial_of(
@@ -279,22 +281,20 @@ def trial_of(
     "The trial of a model; the last one again if model, examples and tolerance are the same"
     given = tensors_in([list(c) for c in as_examples(examples)])
     params = [p.dtype for p in model.parameters()]
-    key = tol, params[:1], len(params), tuple(map(id, model.modules())), tuple((t.shape, t._version) for t in given), repr(examples) if not given else ''
+    inputs = tuple((t.shape, t._version) for t in given) or repr(examples)
+    key = tol, params[:1], len(params), tuple(map(id, model.modules())), inputs
     old = _TRIALS.get(model)
-    if old and old[0] == key and len(old[1]) == len(given) and all(r() is t for r, t in zip(old[1], given, strict=True)): found = old[2]()
-    else: found = None
-    if found is None:
+    known = old and old[0] == key and len(old[1]) == len(given) and all(r() is t for r, t in zip(old[1], given, strict=True))
+    if not known:
         fresh = Trial(model, examples, tol).settle()
         state = {k: v for k, v in fresh.__dict__.items() if k not in ('model', 'calls')}
-        def again(ref=weakref.ref(model), state=state):
-            t = object.__new__(Trial); t.__dict__.update(state); t.model = ref(); return t
-        _TRIALS[model] = key, [weakref.ref(t) for t in given], again
+        _TRIALS[model] = key, [weakref.ref(t) for t in given], state
         return fresh
-    found.calls = as_examples(examples)
+    found = object.__new__(Trial); found.__dict__.update(old[2], model=model, calls=as_examples(examples))
     found.blind = bool(stand_ins(model, found.dtype))
     return found
 
-# %% ../nbs/07d_trial.ipynb #d8325068
+# %% ../nbs/07d_trial.ipynb #8c23db23
 def _values(m):
     "(attribute, value) of a module, where it is an int or a tuple of ints"
     user = not type(m).__module__.startswith('torch.nn')
@@ -327,7 +327,7 @@ def _tries(found, most=48):
     sets += [a + b for a, b in itertools.combinations(same, 2)] if len(names) > 2 else []
     return sets[:most]
 
-# %% ../nbs/07d_trial.ipynb #f48f4269
+# %% ../nbs/07d_trial.ipynb #e0c5df6f
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"

@@ -11,16 +11,20 @@ from torch.optim import lr_scheduler, swa_utils
 import zoo
 from plasticity.edits import (Clone, Connect, Deepen, Disconnect, Edit, EditRecord, Prune, Reset, Widen, edit, replay)
 from plasticity.surgery import set_data
-from plasticity.units import (BilinearUnits, EditError, FrozenUnits, HardCodedShape, Indivisible, LastUnits, LiveGraph, MixedUnits, NotPreserved,
+from plasticity.units import (BilinearUnits, EditError, FrozenUnits, HardCodedShape, Indivisible, LastUnits, LiveGraph, MixedUnits,
+                              NotPreserved,
                               TiedUnits, UnseenParameters, WrappedModel, units)
 
 EXAMPLES = int(os.environ.get('PLASTICITY_EXAMPLES', 12))
-RATE = dict(sgd=lambda p: torch.optim.SGD(p, .02), momentum=lambda p: torch.optim.SGD(p, .02, momentum=.9), adam=lambda p: torch.optim.Adam(p, 1e-3),
+RATE = dict(sgd=lambda p: torch.optim.SGD(p, .02), momentum=lambda p: torch.optim.SGD(p, .02, momentum=.9),
+            adam=lambda p: torch.optim.Adam(p, 1e-3),
             amsgrad=lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True), adamw=lambda p: torch.optim.AdamW(p, 1e-3), nadam=torch.optim.NAdam,
-            radam=torch.optim.RAdam, rmsprop=lambda p: torch.optim.RMSprop(p, 1e-3, centered=True, momentum=.5), adagrad=torch.optim.Adagrad)
+            radam=torch.optim.RAdam, rmsprop=lambda p: torch.optim.RMSprop(p, 1e-3, centered=True,
+                                                                           momentum=.5), adagrad=torch.optim.Adagrad)
 
 def mlp(act=nn.Tanh): return nn.Sequential(nn.Linear(5, 6), act(), nn.Linear(6, 4), act(), nn.Linear(4, 3))
-def cnn(): return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3*16, 2))
+def cnn(): return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(),
+                                nn.Linear(3*16, 2))
 def gated(): return nn.Sequential(nn.Linear(5, 8), nn.GLU(), nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2))
 class Recurrent(nn.Module):
     def __init__(self): super().__init__(); self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
@@ -44,12 +48,15 @@ def image(net, opt=None):
     "Every tensor and plain attribute, with the optimizer's"
     out = {k: v.detach().clone() for k, v in [*net.named_parameters(), *net.named_buffers()]}
     for n, p in net.named_parameters():
-        if opt is not None and p in opt.state: out |= {(n, k): v.clone() if isinstance(v, torch.Tensor) else v for k, v in opt.state[p].items()}
-    for n, m in net.named_modules(): out |= {('attr', n, k): v for k, v in vars(m).items() if isinstance(v, (int, tuple)) and not k.startswith('_')}
+        if opt is not None and p in opt.state:
+            out |= {(n, k): v.clone() if isinstance(v, torch.Tensor) else v for k, v in opt.state[p].items()}
+    for n, m in net.named_modules():
+        out |= {('attr', n, k): v for k, v in vars(m).items() if isinstance(v, (int, tuple)) and not k.startswith('_')}
     return out
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype if isinstance(v, torch.Tensor) else v == b[k]
+                                        for k, v in a.items())
 
 @torch.no_grad()
 def out(net, x):
@@ -64,7 +71,8 @@ def test_verbs_keep_what_they_promise(name, opt):
     net, o, x = made(name, opt=opt)
     params, hooks = list(net.parameters()), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
     for g_name in [g.name for g in units(net, x) if 'widen' not in g.blocked]:
-        for do in (lambda e, g: e.widen(g, 3), lambda e, g: e.widen(g, 2, start='zero'), lambda e, g: e.clone(g, 2), lambda e, g: e.widen(g, 1, noise=0., source=[0])):
+        for do in (lambda e, g: e.widen(g, 3), lambda e, g: e.widen(g, 2, start='zero'), lambda e, g: e.clone(g, 2), lambda e,
+                   g: e.widen(g, 1, noise=0., source=[0])):
             y, before = out(net, x), image(net, o)
             with edit(net, o, x) as e: do(e, g_name)
             assert torch.allclose(out(net, x), y, atol=2e-5)
@@ -76,7 +84,8 @@ def test_verbs_keep_what_they_promise(name, opt):
             with edit(net, o, x) as e: do(e, g_name)
             replay(net, e.record.inverse(), o)
             assert same(image(net, o), before)
-    assert all(a is b for a, b in zip(params, net.parameters(), strict=True)) and all(any(p is q for q in o.param_groups[0]['params']) for p in params)
+    assert all(a is b for a, b in zip(params, net.parameters(), strict=True)) and all(any(p is q for q in o.param_groups[0]['params'])
+                                                                                      for p in params)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
 
 def test_prune_and_reset_equal_the_masked_network():
@@ -197,7 +206,7 @@ def _net2net_cnn(net, source):
 
 def sequence(draw_model, opt, seed, moves):
     net, o, x = made(draw_model, seed, opt, 1)
-    rng, records, stages = torch.Generator().manual_seed(seed), [], [image(net, o)]
+    rng, records = torch.Generator().manual_seed(seed), []
     def pick(n): return int(torch.randint(n, (1,), generator=rng))
     base = copy.deepcopy(net), copy.deepcopy(o.state_dict())
     for move in moves:
@@ -211,7 +220,9 @@ def sequence(draw_model, opt, seed, moves):
                 if move == 'deepen': e.deepen('0' if isinstance(net, nn.Sequential) else 'head', seed=seed); sure = True
                 elif move == 'prune': e.prune(g, [pick(g.n)])
                 elif move == 'reset': e.reset(g, [pick(g.n)], seed=seed)
-                else: e.do(dict(copy=Widen(g, 1 + pick(3), seed=seed), zero=Widen(g, 1 + pick(2), start='zero', seed=seed), clone=Clone(g, 2))[move]); sure = True
+                else:
+                    e.do(dict(copy=Widen(g, 1 + pick(3), seed=seed), zero=Widen(g, 1 + pick(2), start='zero', seed=seed),
+                              clone=Clone(g, 2))[move]); sure = True
         except EditError:
             assert same(image(net, o), before); continue
         if sure: assert torch.allclose(out(net, x), y, atol=1e-4 * max(1, y.abs().max().item()))
@@ -249,14 +260,16 @@ def test_replay_in_another_process(tmp_path):
 import sys, torch; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from test_edits import cnn
 from plasticity.edits import EditRecord, replay
-net = cnn(); net.load_state_dict(torch.load('base.pt')); o = torch.optim.Adam(net.parameters(), 1e-3); o.load_state_dict(torch.load('opt.pt'))
+net = cnn(); net.load_state_dict(torch.load('base.pt')); o = torch.optim.Adam(net.parameters(),
+                                                                              1e-3); o.load_state_dict(torch.load('opt.pt'))
 replay(net, EditRecord.load('record.json'), o)
 want, opt = torch.load('after.pt')
 assert all(torch.equal(v, want[k]) for k, v in net.state_dict().items()) and net.state_dict().keys() == want.keys()
 for i, s in opt['state'].items():
     assert all(torch.equal(v, o.state_dict()['state'][i][k]) for k, v in s.items())
 '''
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
+    env = dict(os.environ, OMP_NUM_THREADS='1',
+               PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
     subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path, env=env)
 
 # ---- sessions
@@ -302,7 +315,9 @@ def test_followers_schedulers_and_scalers():
     ya, groups = out(avg.module, x), o.param_groups
     with edit(net, o, x, ema=[avg, flat, other]) as e: e.widen('0', 3); e.deepen('2'); e.prune('3', [0]) if False else None
     assert torch.allclose(out(avg.module, x), ya, atol=1e-5) and torch.equal(other[0].weight, net[0].weight)
-    assert {k: v.shape for k, v in flat.items()} == {k: v.shape for k, v in net.state_dict().items()} and all(torch.equal(v, net.state_dict()[k]) for k, v in flat.items())
+    assert {k: v.shape for k, v in flat.items()} == {k: v.shape for k,
+                                                     v in net.state_dict().items()} and all(torch.equal(v, net.state_dict()[k]) for k,
+                                                                                            v in flat.items())
     avg.update_parameters(net); train(net, o, x); sched.step()
     assert o.param_groups is groups and sched.optimizer is o and scaler.is_enabled()
 
@@ -334,9 +349,14 @@ def test_under_autocast_and_frozen():
     assert not net[0].weight.requires_grad and net[0].out_channels == 6
 
 def test_zero_layers_do_not_blind_the_trial():
-    class Crossed(nn.Module): # the trace sees one group; the forward reads it reversed by a number of its own
-        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2); nn.init.zeros_(self.b.weight); nn.init.zeros_(self.b.bias)
-        def forward(self, x): h = self.a(x).relu(); return self.b(h[:, :4] if h.shape[1] == 4 else h * torch.arange(h.shape[1]))
+    class Crossed(nn.Module): # the trace sees one group; the forward reads it otherwise when it is wider
+        def __init__(self):
+            super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+            nn.init.zeros_(self.b.weight); nn.init.zeros_(self.b.bias)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            return self.b(h if h.shape[1] == 4 else h * torch.arange(h.shape[1]))
     net = Crossed(); before = image(net)
     with pytest.raises(NotPreserved): Widen('a').apply(net, None, torch.randn(5, 3))
     assert same(image(net), before)
@@ -356,7 +376,8 @@ def test_deepen_at_every_position(act, at):
 def test_deepen_blocks_of_torchvision():
     import torchvision
     torch.manual_seed(0)
-    for name, at, size, more in (('resnet18', 'layer2.0', 32, {}), ('resnet50', 'layer1', 32, {}), ('vit_b_16', 'encoder.layers.encoder_layer_3', 32, dict(image_size=32)),
+    for name, at, size, more in (('resnet18', 'layer2.0', 32, {}), ('resnet50', 'layer1', 32, {}),
+                                 ('vit_b_16', 'encoder.layers.encoder_layer_3', 32, dict(image_size=32)),
                                  ('convnext_tiny', 'features.1.1', 32, {})):
         net = zoo.shake(torchvision.models.get_model(name, weights=None, **more)).eval(); x = torch.randn(2, 3, size, size); y = out(net, x)
         r = Deepen(at).apply(net, None, x)
@@ -364,21 +385,28 @@ def test_deepen_blocks_of_torchvision():
         if name != 'resnet50': assert r.edits[0]['kind'] == 'block', name
 
 def test_deepen_transformer_and_refusals():
-    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True), 2, enable_nested_tensor=False); x = torch.randn(2, 3, 8); y = out(net, x)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True), 2,
+                                enable_nested_tensor=False); x = torch.randn(2, 3, 8); y = out(net, x)
     Deepen('layers.1').apply(net, None, x)
     assert net.num_layers == len(net.layers) == 3 and torch.equal(out(net, x), y)
-    for bad, text in ((dict(at='layers.9'), 'no module'), (dict(at='layers.0', kind='wide'), 'kind'), (dict(at=''), 'at'), (dict(at='layers.0', kind='identity'), 'ReLU')):
+    for bad, text in ((dict(at='layers.9'), 'no module'), (dict(at='layers.0', kind='wide'), 'kind'), (dict(at=''), 'at'),
+                      (dict(at='layers.0', kind='identity'), 'ReLU')):
         with pytest.raises(ValueError, match=text): Deepen(**bad).apply(net, None, x)
 
 class Sparse(nn.Module):
     "A layer that stores its links, in the order (row, column)"
-    def __init__(self, n, m): super().__init__(); self.n, self.m = n, m; self.values = nn.Parameter(torch.zeros(0)); self.register_buffer('index', torch.zeros(2, 0, dtype=torch.long))
+    def __init__(self, n, m):
+        super().__init__(); self.n, self.m = n, m
+        self.values = nn.Parameter(torch.zeros(0)); self.register_buffer('index', torch.zeros(2, 0, dtype=torch.long))
     def forward(self, x): return x.new_zeros(len(x), self.m).index_add(1, self.index[0], x[:, self.index[1]] * self.values)
     def _set(self, index, values, old):
-        key = (index[0] * self.n + index[1]).argsort(); set_data(self.index, index[:, key]); set_data(self.values, values[key]); return dict(values=old[key])
+        key = (index[0] * self.n + index[1]).argsort()
+        set_data(self.index, index[:, key]); set_data(self.values, values[key])
+        return dict(values=old[key])
     def connect(self, rows, cols, values):
         new = torch.stack([rows, cols])
-        return self._set(torch.cat([self.index, new], 1), torch.cat([self.values.data, values.to(self.values)]), torch.cat([torch.arange(len(self.values)), torch.full((len(rows),), -1)]))
+        return self._set(torch.cat([self.index, new], 1), torch.cat([self.values.data, values.to(self.values)]),
+                         torch.cat([torch.arange(len(self.values)), torch.full((len(rows),), -1)]))
     def disconnect(self, rows, cols):
         gone = ((self.index[0][:, None] == rows) & (self.index[1][:, None] == cols)).any(1); keep = (~gone).nonzero()[:, 0]
         return self._set(self.index[:, keep], self.values.data[keep], keep)
@@ -410,7 +438,8 @@ def test_disconnect_is_undone_bit_for_bit():
 @pytest.mark.parametrize('act', [nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid])
 def test_closed_forms(start, act):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), act(), nn.Linear(5, 4)); x, y = torch.randn(64, 6), torch.randn(64, 4); loss = nn.functional.mse_loss
+    net = nn.Sequential(nn.Linear(6, 5), act(), nn.Linear(5, 4)); x, y = torch.randn(64, 6), torch.randn(64,
+                                                                                                         4); loss = nn.functional.mse_loss
     old, best = out(net, x), {}
     for s in (start, 'zero'):
         m = copy.deepcopy(net)
@@ -423,19 +452,22 @@ def test_closed_forms(start, act):
 
 def test_closed_forms_of_convolutions_and_refusals():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(64, 3))
     x, y = torch.randn(6, 2, 8, 8), torch.randint(3, (6,)); loss = nn.functional.cross_entropy
     for s in ('gradmax', 'tiny'):
         m = copy.deepcopy(net); Widen('0', 2, start=s).apply(m, None, x, data=(x, y), loss=loss)
         assert torch.allclose(out(m, x), out(net, x), atol=1e-5) and m[0].out_channels == 5
-    for at, more, text in (('2', dict(data=(x, y), loss=loss), 'closed form'), ('0', {}, 'data, loss'), ('0', dict(data=(x, y), loss=lambda o, y: torch.tensor(1.)), 'gradient')):
+    for at, more, text in (('2', dict(data=(x, y), loss=loss), 'closed form'), ('0', {}, 'data, loss'),
+                           ('0', dict(data=(x, y), loss=lambda o, y: torch.tensor(1.)), 'gradient')):
         with pytest.raises(ValueError, match=text): Widen(at, 1, start='gradmax').apply(net, None, x, **more)
 
 # ---- plain data
 
 def test_edits_are_plain_data(tmp_path):
     net, o, x = made('mlp'); g = units(net, x)['0']
-    edits = [Widen(g, 2, source=torch.tensor([0, 1])), Clone(['0', '2'], 2), Prune('0', torch.tensor([1])), Reset('0', [0], mean=torch.zeros(1)), Deepen('1', width=3), Connect('0', [0], [1]), Disconnect('0', [0], [1])]
+    edits = [Widen(g, 2, source=torch.tensor([0, 1])), Clone(['0', '2'], 2), Prune('0', torch.tensor([1])),
+             Reset('0', [0], mean=torch.zeros(1)), Deepen('1', width=3), Connect('0', [0], [1]), Disconnect('0', [0], [1])]
     for e in edits:
         again = Edit.from_json(json.loads(json.dumps(e.to_json())))
         assert again == e and type(again) is type(e)
@@ -521,9 +553,12 @@ def test_live_graph_and_wrapped():
 
 def test_wrong_arguments_are_named():
     net, o, x = made('mlp')
-    for do, text in ((lambda e: e.widen('0', 0), 'k:'), (lambda e: e.widen('0', start='none'), 'start'), (lambda e: e.widen('0', split=1), 'split'), (lambda e: e.widen('0', source='max'), 'source'),
-                     (lambda e: e.widen('0', source=[6]), 'source'), (lambda e: e.clone('0', 1.5), 'factor'), (lambda e: e.prune('0', []), 'index'), (lambda e: e.prune('0', [0, 0]), 'twice'),
-                     (lambda e: e.widen('0', noise=-1), 'noise'), (lambda e: e.reset('0', [0], mean=[1, 2]), 'mean'), (lambda e: e.reset('0', [0], moments='x'), 'moments')):
+    wrong = [(lambda e: e.widen('0', 0), 'k:'), (lambda e: e.widen('0', start='none'), 'start'), (lambda e: e.widen('0', split=1), 'split'),
+             (lambda e: e.widen('0', source='max'), 'source'), (lambda e: e.widen('0', source=[6]), 'source'),
+             (lambda e: e.widen('0', noise=-1), 'noise'), (lambda e: e.clone('0', 1.5), 'factor'), (lambda e: e.prune('0', []), 'index'),
+             (lambda e: e.prune('0', [0, 0]), 'twice'), (lambda e: e.reset('0', [0], mean=[1, 2]), 'mean'),
+             (lambda e: e.reset('0', [0], moments='x'), 'moments')]
+    for do, text in wrong:
         with pytest.raises(ValueError, match=text):
             with edit(net, o, x) as e: do(e)
     with pytest.raises(TypeError, match='examples'): edit(net, o)
@@ -536,7 +571,8 @@ def test_approximate_pruning_through_a_norm():
 
 def test_weight_norm_side_that_cannot_be_scaled_is_refused_or_exact():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.ReLU(), nn.Linear(3, 2)); y = net(X).detach(); before = image(net)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.ReLU(),
+                        nn.Linear(3, 2)); y = net(X).detach(); before = image(net)
     with pytest.raises(EditError): Widen('0').apply(net, None, X)
     assert same(image(net), before)
     Widen(units(net, X)['2'].name, 2).apply(net, None, X)
@@ -559,7 +595,10 @@ def test_hidden_sizes_are_found_on_modules():
 
 def test_shared_parameters_are_edited_once():
     class Twice(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2); self.b.weight = self.a.weight
+        def __init__(self):
+            super().__init__(); self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.b.weight = self.a.weight
+
         def forward(self, x): return self.c(self.a(x).tanh() + self.b(x).tanh())
     torch.manual_seed(0); net = Twice(); y = net(X).detach()
     Widen('a', 2).apply(net, None, X)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from plasticity.surgery import (MOMENTS, OPS, Surgeon, find, held, kept_sizes, newcomers, no_waiting_graph, put, scale, set_data, take, unscale,
+from plasticity.surgery import (MOMENTS, OPS, Surgeon, find, held, kept_sizes, newcomers, no_waiting_graph, put, scale, set_data, take,
+                                unscale,
                                 unwrapped, write)
 from plasticity.units import LiveGraph, WrappedModel
 
@@ -40,7 +41,8 @@ def test_operations_are_undone_exactly(dtype):
         small = scale(t, 1, at, by, 2)
         assert torch.equal(unscale(small, 1, at, by, t[:, [1, 4]], 2), t)
         moved = write(small, 1, torch.tensor([4]), 3.)
-        assert torch.allclose(unscale(moved, 1, at, by, t[:, [1, 4]], 2)[:, 4].double(), (3. / by[1] ** 2).to(dtype).double().expand(5, 3), rtol=1e-2)
+        assert torch.allclose(unscale(moved, 1, at, by, t[:, [1, 4]], 2)[:, 4].double(),
+                              (3. / by[1] ** 2).to(dtype).double().expand(5, 3), rtol=1e-2)
 
 def test_shares_add_up_in_half_precision():
     w = torch.randn(2000, 1).bfloat16()
@@ -59,8 +61,11 @@ def test_every_optimizer_goes_on(name):
     kept = {k: v.clone() for k, v in opt.state[net[0].weight].items() if isinstance(v, torch.Tensor)}
     sched = lr_scheduler.StepLR(opt, 1); w = net[0].weight
     s = Surgeon(net, opt)
-    for op in (dict(op='take', tensor='0.weight', dim=0, order=torch.tensor([0, 1, 1, 2])), dict(op='take', tensor='0.bias', dim=0, order=torch.tensor([0, 1, 1, 2])),
-               dict(op='fresh', tensor='0.weight', dim=0, at=torch.tensor([2]), new=True), dict(op='take', tensor='2.weight', dim=1, order=torch.tensor([0, 1, 1, 2]))): s.run(op)
+    for op in (dict(op='take', tensor='0.weight', dim=0, order=torch.tensor([0, 1, 1, 2])),
+               dict(op='take', tensor='0.bias', dim=0, order=torch.tensor([0, 1, 1, 2])),
+               dict(op='fresh', tensor='0.weight', dim=0, at=torch.tensor([2]), new=True), dict(op='take', tensor='2.weight', dim=1,
+                                                                                                order=torch.tensor([0, 1, 1,
+                                                                                                                    2]))): s.run(op)
     s.keep_sizes(['0.weight', '2.weight'])
     for k, v in opt.state[w].items():
         if isinstance(v, torch.Tensor) and v.dim() == 2 and v.shape[0] == 4: assert torch.equal(v[[0, 1, 3]], kept[k])
@@ -71,7 +76,8 @@ def test_every_optimizer_goes_on(name):
 @pytest.mark.parametrize('name', OPT)
 def test_rollback_and_undo_are_exact(name):
     net = pair(); opt = OPT[name](net.parameters()); step(net, opt)
-    def image(): return [p.detach().clone() for p in net.parameters()] + [v.clone() for p in net.parameters() for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
+    def image(): return [p.detach().clone() for p in net.parameters()] + [v.clone() for p in net.parameters() for v
+                                                                          in opt.state[p].values() if isinstance(v, torch.Tensor)]
     def same(a, b): return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
     before, grads = image(), [p.grad for p in net.parameters()]
     third = torch.tensor([1/3, 1/3], dtype=torch.float64)
@@ -89,7 +95,8 @@ def test_rollback_and_undo_are_exact(name):
     assert same(image(), before)
 
 def test_new_rows_start_no_faster_than_a_fresh_optimizer():
-    for name in ('sgd', 'adam', 'amsgrad', 'adamw', 'fused', 'foreach', 'nadam', 'radam', 'rmsprop', 'centered', 'adagrad', 'adadelta', 'adamax'):
+    for name in ('sgd', 'adam', 'amsgrad', 'adamw', 'fused', 'foreach', 'nadam', 'radam', 'rmsprop', 'centered', 'adagrad', 'adadelta',
+                 'adamax'):
         for size in (1., 1e-3):
             for seed in range(3):
                 late, fresh, old = moves(OPT[name], seed, size)
@@ -122,10 +129,12 @@ def test_unknown_optimizer_is_indexed_and_says_so():
         def __init__(self, params): super().__init__(params, {})
         def step(self):
             for g in self.param_groups:
-                for p in g['params']: self.state[p].setdefault('seen', torch.zeros_like(p)).add_(p.grad); self.state[p].setdefault('odd', torch.zeros(17))
+                for p in g['params']:
+                    self.state[p].setdefault('seen', torch.zeros_like(p)).add_(p.grad); self.state[p].setdefault('odd', torch.zeros(17))
     net = pair(); opt = Odd(net.parameters()); step(net, opt)
     seen = opt.state[net[0].weight]['seen'].clone()
-    with pytest.warns(UserWarning, match='Odd'): Surgeon(net, opt).run(dict(op='take', tensor='0.weight', dim=0, order=torch.tensor([2, 0])))
+    with pytest.warns(UserWarning, match='Odd'):
+        Surgeon(net, opt).run(dict(op='take', tensor='0.weight', dim=0, order=torch.tensor([2, 0])))
     assert torch.equal(opt.state[net[0].weight]['seen'], seen[[2, 0]]) and len(opt.state[net[0].weight]['odd']) == 17
 
 def test_followers_follow():
@@ -134,7 +143,8 @@ def test_followers_follow():
     s.run(dict(op='take', tensor='0.weight', dim=0, order=torch.tensor([1])))
     s.run(dict(op='scale', tensor='0.weight', dim=0, at=torch.tensor([0]), by=torch.tensor([.5], dtype=torch.float64)))
     s.keep_sizes(['0.weight'])
-    assert torch.equal(avg.module[0].weight, net[0].weight) and torch.equal(plain['0.weight'], net[0].weight) and avg.module[0].out_features == 1
+    assert torch.equal(avg.module[0].weight, net[0].weight) and torch.equal(plain['0.weight'],
+                                                                            net[0].weight) and avg.module[0].out_features == 1
 
 def test_graphs():
     net = pair(); named = dict(net.named_parameters()); x = torch.randn(3, 4)
@@ -174,10 +184,15 @@ def test_wrong_arguments():
     assert find(pair(), '9.weight') is None
 
 @pytest.mark.parametrize('m,names', [
-    (nn.Conv2d(6, 4, 3), 'in_channels out_channels'), (nn.ConvTranspose2d(6, 4, 3, groups=2), 'in_channels out_channels'), (nn.BatchNorm2d(3), 'num_features'),
-    (nn.BatchNorm1d(3, affine=False), 'num_features'), (nn.GroupNorm(2, 4), 'num_channels'), (nn.GroupNorm(4, 4), 'num_channels num_groups'),
-    (nn.LayerNorm(5), 'normalized_shape'), (nn.RMSNorm(5), 'normalized_shape'), (nn.Embedding(5, 2), 'embedding_dim'), (nn.PReLU(3), 'num_parameters'),
-    (nn.LSTM(3, 4, proj_size=2), 'input_size hidden_size proj_size'), (nn.GRU(3, 4), 'hidden_size'), (nn.RNN(3, 4), 'hidden_size'), (nn.LSTMCell(3, 4), 'hidden_size'),
+    (nn.Conv2d(6, 4, 3), 'in_channels out_channels'), (nn.ConvTranspose2d(6, 4, 3, groups=2),
+                                                       'in_channels out_channels'), (nn.BatchNorm2d(3), 'num_features'),
+    (nn.BatchNorm1d(3, affine=False), 'num_features'), (nn.GroupNorm(2, 4), 'num_channels'), (nn.GroupNorm(4, 4),
+                                                                                              'num_channels num_groups'),
+    (nn.LayerNorm(5), 'normalized_shape'), (nn.RMSNorm(5), 'normalized_shape'), (nn.Embedding(5, 2), 'embedding_dim'), (nn.PReLU(3),
+                                                                                                                        'num_parameters'),
+    (nn.LSTM(3, 4, proj_size=2), 'input_size hidden_size proj_size'), (nn.GRU(3, 4), 'hidden_size'), (nn.RNN(3, 4),
+                                                                                                      'hidden_size'), (nn.LSTMCell(3, 4),
+                                                                                                                       'hidden_size'),
     (nn.Bilinear(2, 3, 4), 'out_features in1_features in2_features'), (nn.MultiheadAttention(6, 2), 'embed_dim head_dim')])
 def test_sizes_of_torch_modules_are_what_they_say(m, names):
     sizes = kept_sizes(m)
@@ -186,11 +201,12 @@ def test_sizes_of_torch_modules_are_what_they_say(m, names):
 def test_newcomers_without_any_past():
     assert newcomers(torch.zeros(3, 2), 0, torch.tensor([0, 1, 2]), 'peak').abs().max() == 0
     assert newcomers(torch.tensor([[0., 0.], [4., 0.], [9., 9.]]), 0, torch.tensor([2]), 'peak')[2].tolist() == [4., 4.]
-    assert all(len(r) == 2 for m in MOMENTS.values() for r in m.values()) and set(OPS) >= {'take', 'put', 'scale', 'unscale', 'write', 'fresh', 'attr'}
+    assert all(len(r) == 2 for m in MOMENTS.values() for r in m.values()) and set(OPS) >= {'take', 'put', 'scale', 'unscale', 'write',
+                                                                                           'fresh', 'attr'}
 
 def test_known_optimizers_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for name, make in OPT.items():
+        for make in OPT.values():
             net = pair(); opt = make(net.parameters()); step(net, opt, 2)
             for n, _ in net.named_parameters(): Surgeon(net, opt).slots(n)
