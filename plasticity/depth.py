@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Residual', 'identity_layer', 'silence', 'seen', 'place', 'deeper', 'made', 'tops', 'renamed', 'forget',
            'TwinAttention', 'project', 'mask', 'forward', 'twin_attention']
 
-# %% ../nbs/07f_depth.ipynb #a2706a3a
+# %% ../nbs/07f_depth.ipynb #a95cc3ce
 import itertools, math
 from collections import OrderedDict
 from copy import deepcopy
@@ -20,7 +20,7 @@ from .starts import fresh_tensors
 from .surgery import Surgeon, operation
 from .trial import _changed, quiet, tensors_in
 
-# %% ../nbs/07f_depth.ipynb #f2a20c01
+# %% ../nbs/07f_depth.ipynb #262d2277
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 class Residual(nn.Module):
@@ -49,11 +49,11 @@ def identity_layer(
     nn.init.zeros_(layer.bias)
     return nn.Sequential(layer, nn.ReLU())
 
-# %% ../nbs/07f_depth.ipynb #5983258b
+# %% ../nbs/07f_depth.ipynb #f477b9d1
 def _zeroable(block):
     "Sets of parameters that could be the last weights of a branch, last first"
     out = []
-    for m in block.modules():
+    for m in sorted(block.modules(), key=lambda m: not isinstance(m, (nn.LayerNorm, nn.RMSNorm))): # norms are tried last
         own = [p for p in m._parameters.values() if p is not None]
         if own: out += [own] if any(k == 'weight' for k in m._parameters) else [[p] for p in own]
     return out[::-1]
@@ -75,7 +75,7 @@ def silence(
                 for p, v in old: p.data.copy_(v)
     return False
 
-# %% ../nbs/07f_depth.ipynb #6bb7f65b
+# %% ../nbs/07f_depth.ipynb #33507fba
 KINDS = ('auto', 'identity', 'residual', 'block')
 
 def seen(
@@ -104,7 +104,7 @@ def _spatial(module, y):
     if isinstance(last[-1], (nn.Linear, nn.LayerNorm)): return 0
     return y.dim() - 2
 
-# %% ../nbs/07f_depth.ipynb #05ee3db7
+# %% ../nbs/07f_depth.ipynb #ac61ad54
 def place(
     model, # any module
     at:str, # path of the module to insert behind
@@ -125,7 +125,7 @@ def place(
 
 def _is_act(m): return type(m).__module__ == 'torch.nn.modules.activation' and not isinstance(m, nn.MultiheadAttention)
 
-# %% ../nbs/07f_depth.ipynb #de954a32
+# %% ../nbs/07f_depth.ipynb #dd4609f3
 def deeper(
     model, # any module
     at:str, # path of the module to insert behind
@@ -153,7 +153,7 @@ def deeper(
         raise ValueError(f'at: no block beside {path!r} can be made silent (post-norm, or other shapes); kind="residual" fits anywhere')
     return dict(op='insert', parent=up, name=name, **_layer(model, path, up, name, ys[0][0], kind, width, seed))
 
-# %% ../nbs/07f_depth.ipynb #0be3d149
+# %% ../nbs/07f_depth.ipynb #f7ec12cd
 def _layer(model, path, up, name, y, kind, width, seed):
     "Specification and values of an identity or residual layer"
     module, box = model.get_submodule(path), model.get_submodule(up)
@@ -194,7 +194,7 @@ def _block(model, path, like, got, seed):
 
 def _tensors(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
-# %% ../nbs/07f_depth.ipynb #956d707d
+# %% ../nbs/07f_depth.ipynb #9e974f1b
 def made(
     model, # to copy a block from
     spec:dict, # kind and sizes
@@ -214,7 +214,7 @@ def made(
     for p in new.parameters(): p.grad = None
     return new
 
-# %% ../nbs/07f_depth.ipynb #3dbb085c
+# %% ../nbs/07f_depth.ipynb #c201795e
 def _children(box, name, new):
     "The container's children with `new` behind `name`"
     numbered = all(k.isdigit() for k in box._modules)
@@ -242,7 +242,7 @@ def _join(surgeon, new, near):
                 def back(group=group, old=old): group['params'][:] = old
                 surgeon.journal.append(back); group['params'].append(p)
 
-# %% ../nbs/07f_depth.ipynb #deeefedf
+# %% ../nbs/07f_depth.ipynb #6ccf6384
 @operation
 def _insert(self, parent, name, spec, values):
     before, moved = {id(t): n for n, t in _tensors(self.model).items()}, None
@@ -278,7 +278,7 @@ def _remove(self, parent, name, behind, wrapped, spec):
     self.renamed(before)
     return [dict(op='insert', parent=parent, name=behind, spec=spec, values=values)]
 
-# %% ../nbs/07f_depth.ipynb #72c0626f
+# %% ../nbs/07f_depth.ipynb #31eff94c
 @method(Surgeon)
 def tops(self): # the model and its followers that are modules
     return self.modules('')
@@ -311,7 +311,7 @@ def forget(self, params):
         for g, ps in groups: g['params'][:] = [p for p in ps if all(p is not q for q in params)]
         for p, _ in kept: del o.state[p]
 
-# %% ../nbs/07f_depth.ipynb #e56ae2bb
+# %% ../nbs/07f_depth.ipynb #cb590563
 _PROJECTIONS = ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v')
 
 class TwinAttention(nn.Module):
@@ -336,7 +336,7 @@ class TwinAttention(nn.Module):
         for k, p in self._parameters.items():
             if p is not None: nn.init.zeros_(p) if k.endswith('bias') else nn.init.xavier_uniform_(p)
 
-# %% ../nbs/07f_depth.ipynb #fd51abb3
+# %% ../nbs/07f_depth.ipynb #a6541d27
 @method(TwinAttention)
 def project(self, q, k, v): # (L, B, E) -> three of (L, B, heads * head_dim)
     w, b = self.in_proj_weight, self.in_proj_bias
@@ -369,7 +369,7 @@ def mask(self, attn_mask, padding, dtype, B): # broadcastable to (B, heads, L, S
     if padding is not None: padding = F.pad(padding, (0, more)).view(B, 1, 1, -1)
     return padding if attn_mask is None else attn_mask if padding is None else attn_mask + padding
 
-# %% ../nbs/07f_depth.ipynb #7abf5e4e
+# %% ../nbs/07f_depth.ipynb #02a48c26
 @method(TwinAttention)
 def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     if query.is_nested: raise TypeError('query: a twin takes no nested tensors; TransformerEncoder(enable_nested_tensor=False)')
@@ -399,7 +399,7 @@ def forward(self, query, key, value, key_padding_mask=None, need_weights=True, a
     if single: return y.squeeze(1), None if weights is None else weights.squeeze(0)
     return y.transpose(0, 1) if swap else y, weights
 
-# %% ../nbs/07f_depth.ipynb #93ec8f16
+# %% ../nbs/07f_depth.ipynb #44b6fb70
 def twin_attention(
     model, # any module; changed in place
 ): # the model (its twin, where the model is an nn.MultiheadAttention itself)
