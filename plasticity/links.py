@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['link_layers']
 
-# %% ../nbs/07g_links.ipynb #300924e7
+# %% ../nbs/07g_links.ipynb #00c010eb
 import torch
 from torch import nn
 
 from .surgery import newcomers, operation, write
 from .tensors import set_data
 
-# %% ../nbs/07g_links.ipynb #83776eb8
+# %% ../nbs/07g_links.ipynb #67189f78
 def link_layers(surgeon, path):
     "The layer in the model and its followers, checked"
     layers = surgeon.modules(path)
@@ -34,7 +34,7 @@ def _relinked(surgeon, path, change, values=None, kept=None):
             for k, (v, g) in data.items(): set_data(state[k], v); state[k].grad = g
             layer.__dict__.update(plain)
         surgeon.journal.append(back)
-        orders = change(layer)
+        orders = {n: o.cpu() for n, o in change(layer).items()}
     lost = {}
     for n, order in orders.items():
         gone = torch.ones(len(slots[n][0].tensor), dtype=torch.bool); gone[order[order >= 0]] = False
@@ -53,7 +53,7 @@ def _reordered(slot, order, kept, values):
     if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
-# %% ../nbs/07g_links.ipynb #9f665111
+# %% ../nbs/07g_links.ipynb #8ed8be4a
 @operation
 def _connect(self, layer, rows, cols, values, kept=None):
     _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)

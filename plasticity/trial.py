@@ -7,7 +7,7 @@ __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_s
            'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'trial_of',
            'hidden_sizes', 'differs', 'check', 'refuse']
 
-# %% ../nbs/07d_trial.ipynb #be92a27d
+# %% ../nbs/07d_trial.ipynb #4c88e467
 import contextlib, itertools, random, weakref
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ from .results import generator, method
 from .surgery import Surgeon
 from .units import HardCodedShape, Indivisible, NotPreserved
 
-# %% ../nbs/07d_trial.ipynb #0a4d8859
+# %% ../nbs/07d_trial.ipynb #670d01ee
 def as_examples(
     examples, # a tensor, a tuple or dict of inputs, or a list of such
 )->list: # of (args, kwargs)
@@ -55,7 +55,7 @@ def _changed(value, fn):
         return type(value)(*inner) if hasattr(value, '_fields') else type(value)(inner)
     return value
 
-# %% ../nbs/07d_trial.ipynb #3b65b782
+# %% ../nbs/07d_trial.ipynb #f266c7ed
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
@@ -68,18 +68,27 @@ def same_random(
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])  # noqa: NPY002
         for i, s in zip(cuda, states[3], strict=True): torch.cuda.set_rng_state(s, i)
 
+def _older(get): # None where the newer settings were used, which the older ones refuse to report
+    try: return get()
+    except RuntimeError: return None
+
 @contextlib.contextmanager
 def full_precision():
     "Matrix products and convolutions in their own precision, no TF32"
-    spots = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    old = [s.fp32_precision for s in spots]
+    cudnn, newer = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    product, conv, old = _older(torch.get_float32_matmul_precision), _older(lambda: cudnn.allow_tf32), [s.fp32_precision for s in newer]
     try:
-        for s in spots: s.fp32_precision = 'ieee'
+        torch.set_float32_matmul_precision('highest'); cudnn.allow_tf32 = False
+        for s in newer:
+            if s.fp32_precision == 'tf32': s.fp32_precision = 'ieee' # inherited from a setting for all
         yield
     finally:
-        for s, v in zip(spots, old, strict=True): s.fp32_precision = v
+        if product is not None: torch.set_float32_matmul_precision(product)
+        if conv is not None: cudnn.allow_tf32 = conv
+        for s, v in zip(newer, old, strict=True):
+            if s.fp32_precision != v: s.fp32_precision = v
 
-# %% ../nbs/07d_trial.ipynb #49a0ec89
+# %% ../nbs/07d_trial.ipynb #88971b57
 @contextlib.contextmanager
 def same_state(model):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
@@ -97,7 +106,7 @@ def same_state(model):
             for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
             m.__dict__.update(d)
 
-# %% ../nbs/07d_trial.ipynb #4f35c8e0
+# %% ../nbs/07d_trial.ipynb #576d0f2d
 @contextlib.contextmanager
 def quiet(
     model, # any module
@@ -115,7 +124,7 @@ def quiet(
         for m in model.modules(): m.training = branches and any(True for _ in m.children())
         yield model
 
-# %% ../nbs/07d_trial.ipynb #90dda222
+# %% ../nbs/07d_trial.ipynb #32a53bd5
 def relative(
     new:list, # output tensors
     old:list, # the same before
@@ -143,7 +152,7 @@ def described(new, old):
     if shapes: return f'an output of shape {shapes[0][0]} instead of {shapes[0][1]}'
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
-# %% ../nbs/07d_trial.ipynb #684f8dd8
+# %% ../nbs/07d_trial.ipynb #023fa5a4
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
@@ -174,7 +183,7 @@ def standing_in(values):
     finally:
         for t, v, g in old: t.data = v; t.grad = g
 
-# %% ../nbs/07d_trial.ipynb #63827f19
+# %% ../nbs/07d_trial.ipynb #4eb6d4e3
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -209,7 +218,7 @@ class Trial:
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
-# %% ../nbs/07d_trial.ipynb #dc9f9348
+# %% ../nbs/07d_trial.ipynb #735272b7
 _FLOOR = {torch.float64: 1000 * 2.3e-16, torch.float32: 1000 * 1.2e-7}
 
 @method(Trial)
@@ -247,7 +256,7 @@ def settle(self):
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
 
-# %% ../nbs/07d_trial.ipynb #d0fafd9e
+# %% ../nbs/07d_trial.ipynb #585c0cd7
 @method(Trial)
 def steady(self):
     "Whether the branches of training can be run and give the same twice"
@@ -270,7 +279,7 @@ def promised(self,
         return self.outputs()
     finally: s.rollback()
 
-# %% ../nbs/07d_trial.ipynb #b2a02688
+# %% ../nbs/07d_trial.ipynb #044d5db6
 _TRIALS = weakref.WeakKeyDictionary() # model -> (key, tensors of the examples, settled trial)
 
 def trial_of(
@@ -294,7 +303,7 @@ def trial_of(
     found.blind = bool(stand_ins(model, found.dtype))
     return found
 
-# %% ../nbs/07d_trial.ipynb #8c23db23
+# %% ../nbs/07d_trial.ipynb #df37dc3b
 def _values(m):
     "(attribute, value) of a module, where it is an int or a tuple of ints"
     user = not type(m).__module__.startswith('torch.nn')
@@ -327,7 +336,7 @@ def _tries(found, most=48):
     sets += [a + b for a, b in itertools.combinations(same, 2)] if len(names) > 2 else []
     return sets[:most]
 
-# %% ../nbs/07d_trial.ipynb #e0c5df6f
+# %% ../nbs/07d_trial.ipynb #57e959c9
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"
