@@ -7,7 +7,7 @@ __all__ = ['STARTS', 'copied', 'regrouped', 'filled', 'Widen', 'widen', 'best_va
            'Prune', 'prune', 'Reset', 'reset', 'Deepen', 'deepen', 'Connect', 'Disconnect', 'connect', 'disconnect',
            'edit', 'Edit', 'EDITS', 'Plan', 'EditRecord', 'load_record', 'replay', 'twin_attention']
 
-# %% ../nbs/08_edits.ipynb #dd01379a
+# %% ../nbs/08_edits.ipynb #12155c7d
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,10 @@ from .tensors import find, owner
 from .trial import as_examples, quiet, relative, tensors_in
 from .units import LastUnits
 
-# %% ../nbs/08_edits.ipynb #f0c33aaa
+# %% ../nbs/08_edits.ipynb #6e0d1756
 _all_ = ['edit', 'Edit', 'EDITS', 'Plan', 'EditRecord', 'load_record', 'replay', 'twin_attention']
 
-# %% ../nbs/08_edits.ipynb #58547f8b
+# %% ../nbs/08_edits.ipynb #508cf875
 def _sizes(model, maps, n, new_n, extra): # extra: {key: positions added}
     "old size -> new size of everything that changes, where that is unambiguous"
     pairs = {(find(model, t).shape[d], find(model, t).shape[d] + extra[t, d]) for t, d in maps} | {(n, new_n)}
@@ -47,7 +47,7 @@ def _split(surgeon, key, places, part, reads):
         at = at.nonzero()[:, 0]
         if len(at): surgeon.run(dict(op='scale', tensor=key[0], dim=key[1], at=at, by=by[at], target=target, new=new))
 
-# %% ../nbs/08_edits.ipynb #0efb3b0f
+# %% ../nbs/08_edits.ipynb #89051ea5
 def copied(
     session, # an edit session
     groups, # [(group, maps, units, copies)]
@@ -89,7 +89,7 @@ def regrouped(self, g, maps, n, copies):
         maps[key] = regroup(pos, unit_size, copies)
     self.now[id(g)][1] = n + len(copies)
 
-# %% ../nbs/08_edits.ipynb #3e77f95c
+# %% ../nbs/08_edits.ipynb #7387a90c
 def filled(
     surgeon, # that took the places
     g, # the group
@@ -114,7 +114,7 @@ def filled(
         if (t, d) in g.consumers: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=(values or {}).get((t, d), 0.), new=new))
     for (t, d), pos in at.items(): surgeon.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=rule, new=new))
 
-# %% ../nbs/08_edits.ipynb #200dd397
+# %% ../nbs/08_edits.ipynb #2d82fe76
 STARTS = ('copy', 'zero', 'gradmax', 'tiny')
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Widen(Edit):
         if self.start == 'copy': return _noised(plan, g, maps, session.model, copies, self.noise, self.seed)
         return _begun(plan, self, session, g, maps, copies)
 
-# %% ../nbs/08_edits.ipynb #65736753
+# %% ../nbs/08_edits.ipynb #82e8b943
 def _newest(maps, model, copies):
     "(tensor, dim) -> positions of the new units in the new tensor"
     return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
@@ -169,7 +169,7 @@ def _begun(plan, edit, session, g, maps, copies):
     plan.run = run
     return plan
 
-# %% ../nbs/08_edits.ipynb #08d3d81b
+# %% ../nbs/08_edits.ipynb #0d126931
 @method(edit)
 def widen(self,
     group, # name, or a group from `units`
@@ -179,7 +179,7 @@ def widen(self,
     "Add units; the function stays"
     return self.do(Widen(group, k, **options))
 
-# %% ../nbs/08_edits.ipynb #a3a04b50
+# %% ../nbs/08_edits.ipynb #4b369bc5
 @method(edit)
 def best_values(self,
     edit, # a Widen
@@ -234,7 +234,7 @@ def slopes(self, edit, g, maps, at, values, keys, kept=False):
         return sum(v.square().sum(1) for v in parts).sqrt()
     finally: s.rollback()
 
-# %% ../nbs/08_edits.ipynb #53c95c87
+# %% ../nbs/08_edits.ipynb #bd00a433
 @dataclass(frozen=True)
 class Clone(Edit):
     "Every unit of one or more groups `factor` times; the function stays"
@@ -273,7 +273,7 @@ def clone(self,
     "Multiply units; the function stays"
     return self.do(Clone(group, factor, **options))
 
-# %% ../nbs/08_edits.ipynb #da80ba11
+# %% ../nbs/08_edits.ipynb #646c1c69
 def _read(g, maps, index):
     "(tensor, dim, positions) of everything that reads these units"
     return [(t, d, maps[t, d][index].reshape(-1).sort().values) for t, d in maps if (t, d) in g.consumers]
@@ -315,7 +315,7 @@ def prune(self,
     "Remove units"
     return self.do(Prune(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #61b0eb50
+# %% ../nbs/08_edits.ipynb #1d91c2dd
 @dataclass(frozen=True)
 class Reset(Edit):
     "Start units afresh; the function becomes that of the network in which nothing reads them"
@@ -364,7 +364,7 @@ def reset(self,
     "Start units afresh"
     return self.do(Reset(group, index, **options))
 
-# %% ../nbs/08_edits.ipynb #3276aef0
+# %% ../nbs/08_edits.ipynb #8016caf2
 @dataclass(frozen=True)
 class Deepen(Edit):
     "Insert a layer behind a module; the function stays"
@@ -394,7 +394,7 @@ def deepen(self,
     "Insert a layer; the function stays"
     return self.do(Deepen(at, **options))
 
-# %% ../nbs/08_edits.ipynb #1f1c498e
+# %% ../nbs/08_edits.ipynb #c288e85a
 def _checked_links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EditRecord', 'to_json', 'save', 'load_record', 'replay']
 
-# %% ../nbs/07h_records.ipynb #b55ea400
+# %% ../nbs/07h_records.ipynb #a5b56ef1
 import hashlib, json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .results import Table, method, write_atomic
 from .surgery import Surgeon
 from .tensors import find
 
-# %% ../nbs/07h_records.ipynb #82325961
+# %% ../nbs/07h_records.ipynb #161a94a0
 def _packed(v, tensors):
     "JSON for an operation; tensors go aside and are referred to"
     if isinstance(v, torch.Tensor):
@@ -65,7 +65,7 @@ def _told(d):
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 
-# %% ../nbs/07h_records.ipynb #28bd43c3
+# %% ../nbs/07h_records.ipynb #2b7dba1c
 @method(EditRecord)
 def to_json(self): # (JSON, {name: tensor})
     "The record as plain data"
@@ -105,7 +105,7 @@ def load_record(
 
 EditRecord.load = staticmethod(load_record)
 
-# %% ../nbs/07h_records.ipynb #3e13fd38
+# %% ../nbs/07h_records.ipynb #cfe6dd49
 def replay(
     model, # as it was before the edits
     record, # an EditRecord, or a list of them in order

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDITS', 'Edit', 'Plan', 'edit', 'group', 'moved', 'do', 'tried', 'attempt']
 
-# %% ../nbs/07i_sessions.ipynb #9134e9f7
+# %% ../nbs/07i_sessions.ipynb #09ce90d7
 import json
 from dataclasses import dataclass, field, fields
 
@@ -22,7 +22,7 @@ from .tensors import find, no_waiting_graph, unwrapped
 from .trial import as_examples, trial_of
 from .units import EditError, units
 
-# %% ../nbs/07i_sessions.ipynb #5508b907
+# %% ../nbs/07i_sessions.ipynb #93a6c4d4
 EDITS = {} # name -> class of edit
 
 def _plain(v):
@@ -74,7 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
 
-# %% ../nbs/07i_sessions.ipynb #9a03a0d7
+# %% ../nbs/07i_sessions.ipynb #28a08e09
 class edit:
     "A session of edits of one model and its optimizer: all of them happen, or none"
     def __init__(self,
@@ -103,7 +103,7 @@ class edit:
 
     def __repr__(self): return f'edit({type(self.model).__name__}): {len(self.log)} edits'
 
-# %% ../nbs/07i_sessions.ipynb #57e9e1af
+# %% ../nbs/07i_sessions.ipynb #917a7711
 @method(edit)
 def group(self,
     given, # a name, or a group from `units`
@@ -138,7 +138,7 @@ def moved(self, key, order, but=()):
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
         maps[key] = follow(maps[key], order)
 
-# %% ../nbs/07i_sessions.ipynb #48697b05
+# %% ../nbs/07i_sessions.ipynb #8614edc9
 @method(edit)
 def do(self,
     edit, # an Edit
