@@ -498,9 +498,13 @@ def _parse(words):
         except Exception as e: raise ConfigError(f'cannot read the word {w!r}; takes key=value, as model.hidden_sizes=[8,8]') from e
 
 # %% ../nbs/21_experiments.ipynb #f59e043f
-PRESETS = {f'{m}-{d}': dict(model=dict(name=m), dataset=dict(name=d), training=dict(name='cloning'))
-           for m, d in (('mlp', 'mnist'), ('cnn', 'cifar10'), ('resnet', 'cifar10'), ('vit', 'cifar10'))}
-PRESETS['multi-expansion'] = dict(model=dict(name='mlp'), dataset=dict(name='mnist'), training=dict(name='cloning', num_expansions=3))
+def _cloned(model, data, epochs, expansions=1):
+    training = dict(name='cloning', initial_epochs=epochs, epochs_per_expansion=epochs, num_expansions=expansions)
+    return dict(model=dict(name=model), dataset=dict(name=data), training=training)
+
+PRESETS = {f'{m}-{d}': _cloned(m, d, n) for m, d, n in (('mlp', 'mnist', 20), ('cnn', 'cifar10', 30), ('resnet', 'cifar10', 30),
+                                                        ('vit', 'cifar10', 30))}
+PRESETS['multi-expansion'] = _cloned('mlp', 'mnist', 15, 3)
 
 # %% ../nbs/21_experiments.ipynb #77be10ae
 def _json(path, what):

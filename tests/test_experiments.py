@@ -117,7 +117,7 @@ def test_cloning(model, tmp_path):
     assert ex.read_run(folder)[0]['training']['expansion_factor'] == 2 and (folder/'checkpoint.json').exists()
 
 def test_presets(tmp_path):
-    assert ex.as_words(ex.PRESETS['cnn-cifar10']) == ['model=cnn', 'dataset=cifar10', 'training=cloning']
+    assert ex.as_words(ex.PRESETS['cnn-cifar10'])[:4] == ['model=cnn', 'dataset=cifar10', 'training=cloning', 'training.initial_epochs=30']
     folder = run('+preset=multi-expansion', 'dataset=digits', 'metrics.metrics_frequency=0', folder=tmp_path/'r')
     assert ex.read_run(folder)[0]['training']['num_expansions'] == 3
     with pytest.raises(ex.ConfigError, match='mlp-mnist'): run('+preset=mlp-mnst', folder=tmp_path/'s')
