@@ -412,7 +412,8 @@ def results_state(
             old = json.loads(path.read_text())['meta']['dependencies']
             defs = _definitions(source)
             changed = [k for k, v in old.items() if not (k.startswith('__main__.') and k[9:].isupper()) and _now(k, defs) != v]
-            rows.append(dict(name=name, state='stale' if changed else 'current', why=', '.join(changed[:3]) + (f' and {len(changed) - 3} more' if len(changed) > 3 else ''), notebook=nb.name))
+            why = ', '.join(changed[:3]) + (f' and {len(changed) - 3} more' if len(changed) > 3 else '')
+            rows.append(dict(name=name, state='stale' if changed else 'current', why=why, notebook=nb.name))
     rest = [p.stem for p in sorted(results_folder().glob('*.json')) if p.stem not in seen]
     return Table(rows + [dict(name=name, state='unused', why='no notebook reads it', notebook='') for name in rest])
 
