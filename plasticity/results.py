@@ -426,4 +426,4 @@ def main():
 
 # %% ../nbs/00_results.ipynb #a353e2be
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()  # not in a notebook
