@@ -189,7 +189,7 @@ def continual_learning(experiment,
     write_atomic(e.folder/'tasks.json', json.dumps(out, indent=1))
     return trainer
 
-register_training('cloning')(cloning)
+TRAININGS['cloning'] = cloning
 
 # %% ../nbs/21_experiments.ipynb #624549c6
 class Record(Callback):
