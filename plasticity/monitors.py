@@ -6,12 +6,12 @@
 __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP', 'MOST_VALUES', 'MOST_IMAGES', 'SUMS',
            'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread', 'row_index',
            'take_images', 'places', 'rows_view', 'take_rows', 'copied', 'grad_sums', 'unit_sums', 'activation_bounds',
-           'LayerStats', 'size', 'new_stats', 'Record', 'accumulate', 'record', 'stats_of', 'Watch', 'first_tensor',
-           'Known', 'Monitor', 'attach', 'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit',
-           'state_dict', 'load_state_dict']
+           'LayerStats', 'size', 'new_stats', 'Record', 'runs', 'Layout', 'totals', 'accumulate', 'Slot', 'Bank',
+           'record', 'stats_of', 'Watch', 'first_tensor', 'Quiet', 'Known', 'Monitor', 'attach', 'remove', 'before_fit',
+           'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
-import fnmatch, functools, math, sys
+import fnmatch, functools, itertools, math, sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -271,34 +271,62 @@ class Record:
     g: torch.Tensor = None # (rows, units) gradient of the loss
     batch: float = 1. # multiplies g
     open: bool = True # the gradient may still come
+    known: object = None # how it was taken, if the layer was met before
+    slot: object = None # its place in a bank, if it has one
     def key(self):
         s = self.stats
-        return len(self.x), self.x.device, s.sums.dtype, self.g is None, self.batch, s.bounds, s.zero, s.saturation
+        return len(self.x), self.x.device, self.x.dtype, s.sums.dtype, self.g is None, self.batch, s.bounds, s.zero, s.saturation
+
+def runs(values):
+    "(value, first, behind the last) of equal neighbours"
+    at = [i for i, v in enumerate(values) if i == 0 or v != values[i-1]]
+    return [(values[i], i, j) for i, j in zip(at, [*at[1:], len(values)], strict=True)]
+
+class Layout:
+    "Where the records of one kind stand, side by side"
+    def __init__(self, rs):
+        self.stats, self.widths = rs[0].stats, [r.x.shape[1] for r in rs]
+        self.at = [0, *itertools.accumulate(self.widths)]                         # first column of each record
+        self.tops = runs([None if r.top is None else len(r.top) for r in rs])     # layers with as many images
+        self.units = [r.stats.gram_units for r in rs]
+        kinds = [None if r.stats.gram is None else (w, u if u is None else i)
+                 for i, (r, w, u) in enumerate(zip(rs, self.widths, self.units, strict=True))]
+        self.grams = [v for v in runs(kinds) if v[0] is not None]              # layers of one width; a choice of units stands alone
 
 # %% ../nbs/04_monitors.ipynb #587a2dd4
+def totals(
+    layout, # of the records
+    x, # (rows, units of all layers)
+    g, # gradients, same shape, or None
+    tops, # (images, units) for each of `layout.tops`, None for layers that are no maps
+    batch=1., # multiplies g
+    scale=None, # divides g
+)->tuple: # sums (len(SUMS), units), active and largest (units,), Gram matrices for each of `layout.grams`
+    "What all layers of one kind add to their states"
+    s, at, active, largest = layout.stats, layout.at, [], []
+    x = x.to(s.sums.dtype)
+    a = x.abs()
+    sums = unit_sums(x, a, None if g is None else g.to(x), batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation)
+    for (images, i, j), top in zip(layout.tops, tops, strict=True):
+        if images is not None: top = top.to(x.dtype)
+        active.append(len(x) - sums[SUMS.index('zeros'), at[i]:at[j]] if images is None else (~(top < s.zero)).sum(0, dtype=x.dtype))
+        largest.append((a[:, at[i]:at[j]] if images is None else top).amax(0))
+    return sums, *(v[0] if len(v) == 1 else torch.cat(v) for v in (active, largest)), [_grams(layout, x, *run) for run in layout.grams]
+
+def _grams(layout, x, key, i, j):
+    "Gram matrices (layers, units, units) of neighbours of one width, or of chosen units of one layer"
+    x, units = x[:, layout.at[i]:layout.at[j]], layout.units[i]
+    x = x[:, units].unsqueeze(1) if units is not None else x.unflatten(1, (j - i, key[0]))
+    x = x.transpose(0, 1)
+    return x.mT @ x
+
+# %% ../nbs/04_monitors.ipynb #dc10dcdc
 def _together(items, key):
     "Items with the same key, in lists"
     out = {}
     for v in items: out.setdefault(key(v), []).append(v)
     return out.values()
 
-@torch.no_grad()
-def accumulate(records, scale=None):
-    "Add the records to their states; `scale` divides the gradients (number or tensor of a gradient scaler)"
-    for rs in _together(records, Record.key):
-        s, widths = rs[0].stats, [r.x.shape[1] for r in rs]
-        with torch.autocast(rs[0].x.device.type, enabled=False):
-            x = torch.cat([r.x for r in rs], 1).to(s.sums.dtype)                         # (rows, units of all layers)
-            g = None if rs[0].g is None else torch.cat([r.g for r in rs], 1).to(x)
-            a = x.abs()
-            sums = unit_sums(x, a, g, rs[0].batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation)
-            parts = zip(rs, x.split(widths, 1), sums.split(widths, 1), a.amax(0).split(widths), strict=True)
-            for r, v, w, top in parts: r.x, r.sums, r.largest = v, w, top
-            _add_in_place(rs)
-            for same in _together([r for r in rs if r.top is not None], lambda r: len(r.top)): _add_tops(same)
-            for same in _together([r for r in rs if r.stats.gram is not None], lambda r: len(r.stats.gram)): _add_grams(same)
-
-# %% ../nbs/04_monitors.ipynb #dc10dcdc
 def _add(states, values, largest=False):
     "Add values to tensors in place (or take the larger), few launches; the same tensor may stand twice"
     if len({id(t) for t in states}) == len(states):
@@ -306,27 +334,91 @@ def _add(states, values, largest=False):
     else:
         for t, v in zip(states, values, strict=True): torch.maximum(t, v, out=t) if largest else t.add_(v)
 
-def _add_in_place(rs):
-    "Sums, and what is a sample for layers that are no maps"
-    for r in rs: r.stats.n += len(r.x); r.stats.samples += len(r.x if r.top is None else r.top); r.stats.passes += 1
-    _add([r.stats.sums for r in rs], [r.sums for r in rs])
-    flat = [r for r in rs if r.top is None]
-    if not flat: return
-    _add([r.stats.largest for r in flat], [r.largest for r in flat], largest=True)
-    _add([r.stats.active for r in flat], [len(r.x) - r.sums[SUMS.index('zeros')] for r in flat])
+def _add_records(rs, scale):
+    "Records of one kind that are put side by side now"
+    layout, join = Layout(rs), lambda key, i, j: torch.cat([getattr(r, key) for r in rs[i:j]], 1)
+    tops = [None if images is None else join('top', i, j) for images, i, j in layout.tops]
+    new = totals(layout, join('x', 0, None), None if rs[0].g is None else join('g', 0, None), tops, rs[0].batch, scale)
+    for key, v in zip(('sums', 'active', 'largest'), new, strict=False):
+        _add([getattr(r.stats, key) for r in rs], v.split(layout.widths, -1), key == 'largest')
+    for (_, i, j), v in zip(layout.grams, new[3], strict=True): _add([r.stats.gram for r in rs[i:j]], v.unbind())
 
-def _add_tops(rs):
-    "Images in which a unit of a map is active anywhere"
-    widths = [r.top.shape[1] for r in rs]
-    tops = torch.cat([r.top for r in rs], 1).to(rs[0].stats.sums.dtype)                  # (images, units of these layers)
-    active = (~(tops < rs[0].stats.zero)).sum(0, dtype=tops.dtype)
-    _add([r.stats.active for r in rs], active.split(widths))
-    _add([r.stats.largest for r in rs], tops.amax(0).split(widths), largest=True)
+def _settled(rs):
+    "Whether these records have been taken the same way before, each for a state of its own"
+    return all(r.known is not None for r in rs) and len({id(r.stats) for r in rs}) == len(rs)
 
-def _add_grams(rs):
-    "Gram matrices of layers of the same width"
-    x = torch.stack([r.x if r.stats.gram_units is None else r.x[:, r.stats.gram_units] for r in rs])
-    _add([r.stats.gram for r in rs], list(x.mT @ x))
+@torch.no_grad()
+def accumulate(records, scale=None):
+    "Add the records to their states; `scale` divides the gradients (number or tensor of a gradient scaler)"
+    for rs in _together(records, Record.key):
+        bank = rs[0].slot and rs[0].slot.bank
+        ready = bank is not None and bank.holds(rs)
+        with torch.autocast(rs[0].x.device.type, enabled=False):
+            if ready: bank._sum(rs[0].batch, scale)
+            else: _add_records(rs, scale)
+        for r in rs: r.stats.n += len(r.x); r.stats.samples += len(r.x if r.top is None else r.top); r.stats.passes += 1
+        if not ready and _settled(rs): Bank(rs)
+    for bank in {r.slot.bank for r in records if r.slot}: bank._close()
+
+# %% ../nbs/04_monitors.ipynb #611902f7
+class Slot:
+    "The place of one record in a bank"
+    __slots__ = 'bank', 'taken', 'x', 'into', 'g', 'grad_into', 'top'
+    def __init__(self, bank): self.bank = bank; self.clear()
+    def clear(self): self.taken, self.x, self.into, self.g, self.grad_into, self.top = False, None, None, None, None, None
+    def take(self):
+        "Whether it was free in this pass; now it is not"
+        if self.taken: return False
+        if self.bank.x is None: self.bank._open()
+        self.taken = True
+        return True
+
+class Bank:
+    "States and buffers of records of one kind that come in the same shapes each time"
+    def __init__(self, rs):
+        self.layout, self.grads, self.x = Layout(rs), rs[0].g is not None, None
+        self.like, self.sizes = dict(dtype=rs[0].x.dtype, device=rs[0].x.device), [r.known.view[0] for r in rs]
+        self.rows, self.slots = len(rs[0].x), [Slot(self) for _ in rs]
+        for key in ('sums', 'active', 'largest'):
+            setattr(self, key, torch.cat([getattr(r.stats, key) for r in rs], -1))
+            for r, v in zip(rs, getattr(self, key).split(self.layout.widths, -1), strict=True): setattr(r.stats, key, v)
+        self.grams = [torch.stack([r.stats.gram for r in rs[i:j]]) for _, i, j in self.layout.grams]
+        for (_, i, j), grams in zip(self.layout.grams, self.grams, strict=True):
+            for r, v in zip(rs[i:j], grams, strict=True): r.stats.gram = v
+        for r, slot in zip(rs, self.slots, strict=True): r.known.slot = slot
+
+    def holds(self, rs):
+        "Whether these records, and no others, have been written here"
+        return (len(rs) == len(self.slots) and all(r.slot is s for r, s in zip(rs, self.slots, strict=True))
+                and (rs[0].g is not None) == self.grads)
+
+# %% ../nbs/04_monitors.ipynb #8bb8b6fc
+@method(Bank)
+def _open(self):
+    "Buffers for one pass"
+    self.x = torch.empty(self.rows, self.layout.at[-1], **self.like)
+    self.g, self.tops = torch.empty_like(self.x) if self.grads else None, []
+    for key, into, rows in (('x', 'into', self.x), ('g', 'grad_into', self.g)):
+        views = [] if rows is None else rows.split(self.layout.widths, 1)
+        for slot, v, sizes in zip(self.slots, views, self.sizes, strict=False):
+            setattr(slot, key, v); setattr(slot, into, v if len(sizes) == 2 else v.view(sizes))
+    for images, i, j in self.layout.tops:
+        widths = self.layout.widths[i:j]
+        self.tops.append(None if images is None else torch.empty(images, sum(widths), **self.like))
+        for slot, v in zip(self.slots[i:j] if images else (), self.tops[-1].split(widths, 1) if images else (), strict=True): slot.top = v
+
+@method(Bank)
+def _close(self):
+    "Drop the buffers"
+    self.x = self.g = self.tops = None
+    for s in self.slots: s.clear()
+
+@method(Bank)
+def _sum(self, batch, scale):
+    "Add what has been written to the states"
+    sums, active, largest, grams = totals(self.layout, self.x, self.g, self.tops, batch, scale)
+    self.sums.add_(sums); self.active.add_(active); torch.maximum(self.largest, largest, out=self.largest)
+    torch._foreach_add_(self.grams, grams) if grams else None
 
 # %% ../nbs/04_monitors.ipynb #2796a8fa
 @torch.no_grad()
@@ -404,23 +496,50 @@ def _batched(module, h):
     return h[None] if h.ndim == (len(module.kernel_size) + 1 if isinstance(module, nn.modules.conv._ConvNd) else 1) else h
 
 # %% ../nbs/04_monitors.ipynb #426fe988
+class Quiet:
+    "No graph and no autocast within, in as few calls as it takes"
+    __slots__ = 'kind', 'grad', 'cast'
+    def __init__(self, kind): self.kind = kind
+    def __enter__(self):
+        self.grad, self.cast = torch.is_grad_enabled(), torch.is_autocast_enabled(self.kind)
+        if self.grad: torch._C._set_grad_enabled(False)
+        if self.cast: torch.set_autocast_enabled(self.kind, False)
+    def __exit__(self, *_):
+        if self.grad: torch._C._set_grad_enabled(True)
+        if self.cast: torch.set_autocast_enabled(self.kind, True)
+
 class Known:
     "How a layer's output was looked at last time, to be repeated without thinking"
-    __slots__ = 'shape', 'stride', 'axis', 'stats', 'view', 'top', 'dims'
+    __slots__ = 'shape', 'stride', 'dtype', 'kind', 'axis', 'stats', 'view', 'top', 'dims', 'rows', 'slot', 'back'
     def __init__(self, h, axis, stats, rows, all_images):
-        self.shape, self.stride, self.axis, self.stats = h.shape, h.stride(), axis, stats
+        self.shape, self.stride, self.dtype, self.kind, self.axis, self.stats = h.shape, h.stride(), h.dtype, h.device.type, axis, stats
         plain = h.is_floating_point() and h.ndim > 1 and not torch._C._functorch.is_functorch_wrapped_tensor(h)
         self.view = rows_view(h, axis, rows) if plain else None
         images = take_images(h.detach(), None if all_images else rows)
         self.top, self.dims = (images.shape, images.stride()), tuple(range(2, h.ndim)) if axis == 1 and h.ndim > 2 else None
+        self.rows, self.slot, self.back = rows, None, (self.stride, self.view) # back: the same of a gradient
 
-    def fits(self, h): return h.shape == self.shape and h.stride() == self.stride
+    def fits(self, h): return h.shape == self.shape and h.stride() == self.stride and h.dtype is self.dtype
 
     def record(self, h):
         "What `record` gives, with as few calls as it takes"
-        d = h.detach()
-        top = None if self.dims is None else torch.linalg.vector_norm(d.as_strided(*self.top), math.inf, self.dims)
-        return Record(self.stats, copied(d, *self.view), top)
+        slot = self.slot
+        if slot is not None and not slot.take(): slot = None
+        with Quiet(self.kind):
+            if slot is not None: slot.into.copy_(h.as_strided(*self.view))
+            top = None if self.dims is None else h.as_strided(*self.top)
+            if top is not None: top = torch.linalg.vector_norm(top, math.inf, self.dims, out=slot and slot.top)
+            return Record(self.stats, copied(h, *self.view) if slot is None else slot.x, top, known=self, slot=slot)
+
+    def gradient(self, g, slot):
+        "The rows of a gradient of this output"
+        if g.stride() != self.back[0]: self.back = g.stride(), rows_view(g, self.axis, self.rows)
+        into, view = slot and slot.grad_into, self.back[1]
+        with Quiet(self.kind):
+            if view is None: g = take_rows(g, self.axis, self.rows)
+            elif into is None: g = copied(g, *view)
+            else: into.copy_(g.as_strided(*view)); return slot.g
+            return g if into is None else slot.g.copy_(g)
 
 # %% ../nbs/04_monitors.ipynb #1f2e3d4c
 @method(Watch)
@@ -458,7 +577,7 @@ def _follow(self, r, h, axis, lone, known):
     self.waiting += 1
     def grad(g):
         if r.g is not None or not r.open: return
-        if known is not None and not lone and known.view is not None and known.fits(g): r.g = copied(g.detach(), *known.view)
+        if known is not None and not lone and known.view is not None and g.shape == known.shape: r.g = known.gradient(g, r.slot)
         else: r.g = take_rows(g[None] if lone else g, axis, self.rows)
         self.waiting -= 1
         if not self.waiting and self.closed: self.on_last()
@@ -523,7 +642,7 @@ def _flush(self):
     records = w.take()
     self.held = sum(t.numel() * t.element_size() for r in records for t in (r.x, r.top, r.g) if t is not None)
     accumulate(records, self._loss_scale())
-    for r in records: r.x = r.top = r.g = None # a graph that is kept keeps the record
+    for r in records: r.x = r.top = r.g = r.slot = r.known = None # a graph that is kept keeps the record
 
 @method(Monitor)
 def _factor(self, args, kwargs):
@@ -640,7 +759,7 @@ def __repr__(self):
 @method(Monitor)
 def state_dict(self):
     "Everything measured, as tensors and numbers"
-    stats = {k: s.tensors() | {f: getattr(s, f) for f in FIELDS} for k, s in self.stats.items()}
+    stats = {k: {f: v.clone() for f, v in s.tensors().items()} | {f: getattr(s, f) for f in FIELDS} for k, s in self.stats.items()}
     return dict(step=self.step, measured=self.measured, stats=stats)
 
 @method(Monitor)

@@ -391,3 +391,54 @@ def test_bounds():
     assert activation_bounds(nn.Hardtanh(-2, 3)) == (-2., 3.) and activation_bounds(nn.GELU()) is None
     h = torch.tensor([[-1., .95, 0.], [-.91, .89, .2]])
     assert stats_of(h, bounds=(-1., 1.)).near.tolist() == [2, 1, 0]
+
+class Cell(nn.Module):
+    "One layer called several times, and one that only sometimes is"
+    def __init__(self, calls=8):
+        super().__init__()
+        self.calls = calls
+        self.cell, self.aside, self.act, self.head, self.turn = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3), 0
+    def forward(self, x):
+        self.turn += 1
+        for _ in range(self.calls): x = self.act(self.cell(x))
+        return self.head(x + self.aside(x) if self.turn % 3 else x)
+
+@pytest.mark.parametrize('make,shape', [*CASES, (Cell, (32, 6)), (lambda: Cell(10), (32, 6))])
+@pytest.mark.parametrize('kw', [{}, dict(gradients=False), dict(gram=False), dict(max_units=5), dict(rows=3)])
+@pytest.mark.parametrize('cast', [False, True])
+def test_a_bank_gives_the_same_bits(make, shape, kw, cast, monkeypatch):
+    "States in common tensors against states of their own: the same sums, whatever the sizes of the batches and the kind of pass"
+    from plasticity import monitors
+    results, built = [], []
+    init = monitors.Bank.__init__
+    monkeypatch.setattr(monitors.Bank, '__init__', lambda self, rs: (built.append(len(rs)), init(self, rs))[1])
+    for banks in (True, False):
+        if not banks: monkeypatch.setattr(monitors, '_settled', lambda rs: False)
+        torch.manual_seed(1)
+        net, x, y = make(), torch.randn(shape), torch.randint(3, shape[:1])
+        with Monitor(net, every=1, **kw) as m:
+            for step in range(12):
+                n = len(x) // 2 if step == 5 else len(x)
+                with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.set_grad_enabled(step != 7):
+                    loss = nn.functional.cross_entropy(net(x[:n]), y[:n])
+                if step not in (7, 9): loss.backward(retain_graph=step == 8)  # 9: a pass that nobody follows
+                if step == 8: loss.backward()
+                if step == 10: saved = copy.deepcopy(m.state_dict())
+                if step == 3: m.load_state_dict(copy.deepcopy(m.state_dict()))
+        results.append((m.state_dict(), saved))
+    assert built or getattr(net, 'calls', 0) > 8 # calls that share a state have no bank
+    for a, b in zip(*results, strict=True):
+        assert a['stats'].keys() == b['stats'].keys()
+        for k, s in a['stats'].items():
+            for f, v in s.items():
+                assert torch.equal(v, b['stats'][k][f]) if isinstance(v, torch.Tensor) else v == b['stats'][k][f], (k, f)
+
+def test_a_bank_holds_nothing_between_steps():
+    net, x, y = cnn(), torch.randn(16, 3, 8, 8), torch.randint(3, (16,))
+    with Monitor(net, every=1) as m:
+        for _ in range(4): nn.functional.cross_entropy(net(x), y).backward()
+        banks = {p.slot.bank for p in m._plans.values()}
+        assert len(banks) < len(m) and all(b.x is b.g is b.tops is None for b in banks)
+        assert all(getattr(s, k) is None for b in banks for s in b.slots for k in ('x', 'into', 'g', 'grad_into', 'top'))
+        assert m['0'].sums.untyped_storage().data_ptr() == m['4'].sums.untyped_storage().data_ptr()
+        assert all(v.is_contiguous() for s in m.state_dict()['stats'].values() for v in s.values() if isinstance(v, torch.Tensor))
