@@ -146,8 +146,8 @@ def write(t, dim, at, values):
 def _times(part, by, dim, power, invert=False):
     "`part` times (or divided by) `by`, in at least float32"
     wide = part.dtype if part.dtype in (torch.float32, torch.float64) or not part.is_floating_point() else torch.float32
-    factor = _along(by.to(torch.float64).pow(power), part, dim)
-    return (part.to(wide) / factor.to(wide) if invert else part.to(wide) * factor.to(wide)).to(part.dtype)
+    factor = _along(by.to(torch.float64).pow(power).to(wide), part, dim)
+    return (part.to(wide) / factor if invert else part.to(wide) * factor).to(part.dtype)
 
 def scale(t, dim, at, by, power=1):
     "`t` with positions `at` along `dim` multiplied"
@@ -237,9 +237,9 @@ def _take(self, tensor, dim, order):
     slots = _fits(slots, dim, size)
     first = torch.full((size,), -1, dtype=torch.long)
     first[order.flip(0).cpu()] = torch.arange(len(order)).flip(0)
-    lost = (first < 0).nonzero()[:, 0]
+    lost, there = (first < 0).nonzero()[:, 0], order.to(slots[0].tensor.device)
     values = {s.path: take(s.tensor, dim, lost) for s in slots if s.path != 'grad'} if len(lost) else {}
-    self.store(slots, [take(s.tensor, dim, order) for s in slots])
+    self.store(slots, [take(s.tensor, dim, there) for s in slots])
     back = [dict(op='take', tensor=tensor, dim=dim, order=first[first >= 0])]
     return ([dict(op='put', tensor=tensor, dim=dim, at=lost, values=values)] if len(lost) else []) + back
 
@@ -269,15 +269,18 @@ def _powers(slots, target):
 
 @operation
 def _scale(self, tensor, dim, at, by, target='value', new=False):
-    chosen, olds, news = _powers(self.slots(tensor), target), {}, []
-    chosen = [(s, p) for s, p in chosen if s.tensor.shape[dim] > 1 or len(at) == 1]
+    chosen, news, kept = [(s, p) for s, p in _powers(self.slots(tensor), target) if s.tensor.shape[dim] > 1 or len(at) == 1], [], []
     for s, p in chosen:
-        after = scale(s.tensor, dim, at, by, p); news.append(after)
-        if new or s.path == 'grad': continue
-        back = unscale(after, dim, at, by, None, p)
-        if not torch.equal(back, s.tensor): olds[s.path] = take(s.tensor, dim, at)
+        there = at.to(s.tensor.device)
+        old = s.tensor.index_select(dim, there)
+        part = _times(old, by, dim, p)
+        news.append(write(s.tensor, dim, there, part))
+        if not new and s.path != 'grad': kept.append((s, old, (_times(part, by, dim, p, True) == old).all()))
     self.store([s for s, _ in chosen], news)
-    return [] if new else [dict(op='unscale', tensor=tensor, dim=dim, at=at, by=by, target=target, values=olds)]
+    if new: return []
+    exact = torch.stack([e.to(kept[0][2].device) for *_, e in kept]).tolist() if kept else []
+    olds = {s.path: _format(old, s.tensor) for (s, old, _), e in zip(kept, exact, strict=True) if not e}
+    return [dict(op='unscale', tensor=tensor, dim=dim, at=at, by=by, target=target, values=olds)]
 
 @operation
 def _unscale(self, tensor, dim, at, by, target='value', values=()):

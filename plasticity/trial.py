@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_state', 'quiet', 'relative', 'described',
-           'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised', 'trial_of',
-           'hidden_sizes', 'differs', 'check', 'refuse']
+           'constant', 'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised',
+           'trial_of', 'hidden_sizes', 'differs', 'check', 'refuse']
 
 # %% ../nbs/07d_trial.ipynb #4c88e467
-import contextlib, itertools, random, weakref
+import contextlib, itertools, math, random, sys, weakref
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 
 from .results import generator, method
 from .surgery import Surgeon
-from .units import HardCodedShape, Indivisible, NotPreserved
+from .units import HardCodedShape, Indivisible, NotPreserved, parts
 
 # %% ../nbs/07d_trial.ipynb #670d01ee
 def as_examples(
@@ -59,9 +60,11 @@ def _changed(value, fn):
 @contextlib.contextmanager
 def same_random(
     model=None, # its CUDA devices count too
+    held=None, # its `parts`, where they are known
 ):
     "The global random states are afterwards what they were before"
-    cuda = sorted({t.device.index for t in model.parameters() if t.device.type == 'cuda'}) if model is not None else []
+    params = (held or parts(model))[1] if model is not None else []
+    cuda = sorted({t.device.index for t in params if t.device.type == 'cuda'})
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda]  # noqa: NPY002
     try: yield
     finally:
@@ -89,21 +92,37 @@ def full_precision():
             if s.fp32_precision != v: s.fp32_precision = v
 
 # %% ../nbs/07d_trial.ipynb #88971b57
+def _copies(ts):
+    "Copies of tensors, one launch for all of a kind"
+    kinds = defaultdict(list)
+    for i, t in enumerate(ts): kinds[t.device, t.dtype, t.layout].append(i)
+    out = [None] * len(ts)
+    for (_, _, layout), at in kinds.items():
+        old = [ts[i].detach() for i in at]
+        new = [torch.empty_like(t) for t in old] if layout == torch.strided else [t.clone() for t in old]
+        if layout == torch.strided: torch._foreach_copy_(new, old)
+        for i, t in zip(at, new, strict=True): out[i] = t
+    return out
+
+def _version(t): return 0 if t.is_inference() else t._version
+
 @contextlib.contextmanager
-def same_state(model):
+def same_state(
+    model, # any module
+    held=None, # its `parts`, where they are known
+):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
-    mods = list(model.modules())
+    mods, _, ts = held or parts(model)
+    with torch.no_grad(): kept = [(b, _version(b), c) for b, c in zip(ts, _copies(ts), strict=True)]
     plain = [{k: v for k, v in m.__dict__.items() if k not in ('_parameters', '_buffers', '_modules')} for m in mods]
-    buffers = [(m, dict(m._buffers), {k: b.detach().clone() for k, b in m._buffers.items() if b is not None}) for m in mods if m._buffers]
-    versions = {id(b): b._version for _, bs, _ in buffers for b in bs.values() if b is not None}
+    buffers = [(m, dict(m._buffers)) for m in mods if m._buffers]
     try: yield
     finally:
-        for m, bs, copies in buffers:
-            m._buffers.clear(); m._buffers.update(bs)
-            for k, b in bs.items():
-                if b is not None and b._version != versions[id(b)]: b.data = copies[k].to(b.dtype)
+        for m, bs in buffers: m._buffers.clear(); m._buffers.update(bs)
+        for b, v, c in kept:
+            if _version(b) != v or b.is_inference(): b.data = c.to(b.dtype)
         for m, d in zip(mods, plain, strict=True):
-            for k in [k for k in m.__dict__ if k not in d and k not in ('_parameters', '_buffers', '_modules')]: del m.__dict__[k]
+            for k in m.__dict__.keys() - d.keys() - {'_parameters', '_buffers', '_modules'}: del m.__dict__[k]
             m.__dict__.update(d)
 
 # %% ../nbs/07d_trial.ipynb #576d0f2d
@@ -113,15 +132,16 @@ def quiet(
     branches=False, # containers in train mode, leaf modules in eval: takes the branches of training without its noise
 ):
     "A model that can be run without leaving a trace"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    devices = {t.device.type for t in itertools.chain(model.parameters(), model.buffers())} or {'cpu'}
+    fast, held = torch.backends.mha.get_fastpath_enabled(), parts(model)
+    mods, params, buffers = held
+    devices = {t.device.type for t in params} | {t.device.type for t in buffers} or {'cpu'}
     with contextlib.ExitStack() as stack:
-        for c in (same_random(model), same_state(model), full_precision(), torch.no_grad()): stack.enter_context(c)
+        for c in (same_random(model, held), same_state(model, held), full_precision(), torch.no_grad()): stack.enter_context(c)
         for d in devices - {'meta'}: stack.enter_context(torch.autocast(d, enabled=False))
-        if hasattr(torch.compiler, 'set_stance'): stack.enter_context(torch.compiler.set_stance('force_eager'))
+        if 'torch._dynamo' in sys.modules: stack.enter_context(torch.compiler.set_stance('force_eager')) # else nothing is compiled
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for m in model.modules(): m.training = branches and any(True for _ in m.children())
+        for m in mods: m.training = branches and any(c is not None for c in m._modules.values())
         yield model
 
 # %% ../nbs/07d_trial.ipynb #32a53bd5
@@ -133,17 +153,19 @@ def relative(
     if len(new) != len(old) or any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(new, old, strict=True)): return float('inf')
     real = [(a, b) for a, b in zip(new, old, strict=True) if a.is_floating_point() or a.is_complex()]
     if not real: return 0. if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)) else float('inf')
-    worst = 0.
-    for a, b in real:
-        if not b.numel(): continue
-        a, b = (t.double() if t.device.type != 'mps' and not t.is_complex() else t for t in (a, b))
-        usual = torch.isfinite(b)
-        if not torch.equal(usual, torch.isfinite(a)) or not torch.equal(a[~usual].isnan(), b[~usual].isnan()): return float('inf')
-        a, b = a[usual], b[usual]
-        if not b.numel(): continue
-        size, gap = b.abs().max().item(), (a - b).abs().max().item()
-        worst = max(worst, gap / size if size else (float('inf') if gap else 0.))
-    return worst
+    seen = [_seen(a, b) for a, b in real if b.numel()]
+    if not seen: return 0.
+    wrong, gap, size = torch.stack([v.to(seen[0].device) for v in seen], 1).tolist() # the only wait for the device
+    if any(wrong): return float('inf')
+    return max(g / s if s else (float('inf') if g else 0.) for g, s in zip(gap, size, strict=True))
+
+def _seen(a, b):
+    "(whether inf and nan stand elsewhere, largest difference, largest value) of two tensors, on their device"
+    if a.device.type != 'mps' and not a.is_complex(): a, b = a.double(), b.double()
+    usual = torch.isfinite(b)
+    wrong = torch.where(usual, ~torch.isfinite(a), (a != b) & ~(a.isnan() & b.isnan())).any()
+    gap, size = (torch.where(usual, v, 0).abs().max() for v in (a - b, b))
+    return torch.stack([wrong.to(size.dtype), gap, size])
 
 def described(new, old):
     "How two outputs differ, in words"
@@ -153,25 +175,50 @@ def described(new, old):
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
 # %% ../nbs/07d_trial.ipynb #023fa5a4
+def _corner(v): return v.view(-1)[:16] if v.is_contiguous() else v[tuple(slice(4) for _ in v.shape)].reshape(-1)
+
+def constant(
+    ts:list, # tensors
+)->dict: # number in the list -> the value
+    "Which tensors of more than one entry hold one value everywhere"
+    ts = {i: t for i, t in enumerate(ts) if t.numel() > 1 and t.layout == torch.strided}
+    found, places = {}, defaultdict(list)
+    for i, t in ts.items(): places[t.device].append(i)
+    for at in places.values(): # two looks at each device: a corner of all, then the whole of those that may be
+        few = [_corner(ts[i]) for i in at]
+        near, size = torch.cat(few).cpu().double().numpy(), [len(c) for c in few]
+        start = np.cumsum([0, *size[:-1]])
+        even = np.logical_and.reduceat(near == np.repeat(near[start], size), start)
+        maybe = {i: c for i, c, e in zip(at, near[start].tolist(), even, strict=True) if e}
+        if maybe: sure = torch.stack([(ts[i] == c).all() for i, c in maybe.items()]).tolist()
+        found |= {i: c for (i, c), yes in zip(maybe.items(), sure, strict=True) if yes} if maybe else {}
+    return dict(sorted(found.items()))
+
+def _varied(values, like, g):
+    "Random contents for tensors of one value: around it, or around zero"
+    c = torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor([t.numel() for t in like]))
+    r = torch.rand(len(c), generator=g)
+    flat, out = torch.where(c == 0, (r - .5) * .2, (.5 + r) * c).float(), []
+    there = {t.device: flat.to(t.device) for t in like}
+    for t, at in zip(like, itertools.accumulate((t.numel() for t in like), initial=0), strict=False):
+        out.append(there[t.device][at:at + t.numel()].view(t.shape))
+    return out
+
+# %% ../nbs/07d_trial.ipynb #7679ba4f
 def stand_ins(
     model, # any module
     dtype=None, # precision to run in; None: their own
     seed=0,
 )->dict: # tensor -> contents to try the edit on, for those that need other contents
     "What to try an edit on where the real values would hide a mistake"
-    g, out = generator(seed, 'stand-ins'), {}
-    stats = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in ('running_mean', 'running_var') and b is not None}
-    for t in itertools.chain(model.parameters(), model.buffers()):
-        if not t.is_floating_point(): continue
-        v = t.data
-        if v.numel() > 1 and (isinstance(t, nn.Parameter) or id(t) in stats):
-            flat = v.reshape(-1); c = flat[0]
-            if bool((flat[:64] == c).all()) and bool((flat == c).all()):
-                r = torch.rand(v.shape, generator=g).to(v)
-                v = (r - .5) * .2 if c == 0 else c * (.5 + r)
-        if dtype is not None and v.dtype != dtype: v = v.to(dtype)
-        if v is not t.data: out[t] = v
-    return {t: v for t, v in out.items() if v.data_ptr() != t.data_ptr()}
+    mods, params, buffers = parts(model)
+    stats = {id(b) for m in mods for k, b in m._buffers.items() if k in ('running_mean', 'running_var') and b is not None}
+    ts = [t for t in params + buffers if t.is_floating_point()]
+    shown = [t for t in ts if isinstance(t, nn.Parameter) or id(t) in stats]
+    flat = constant([t.data for t in shown])
+    new = _varied(list(flat.values()), [shown[i].data for i in flat], generator(seed, 'stand-ins')) if flat else []
+    out = {shown[i]: v.to(dtype or shown[i].dtype, copy=True) for i, v in zip(flat, new, strict=True)}
+    return out | {t: t.data.to(dtype) for t in ts if dtype is not None and t.dtype != dtype and t not in out}
 
 @contextlib.contextmanager
 def standing_in(values):
@@ -193,7 +240,7 @@ class Trial:
     ):
         self.model, self.calls, self.given = model, as_examples(examples), tol
         self.dtype = self.tol = self.blind = None
-        self.branches = False
+        self.branches, self.as_is, self.last = False, False, None
 
     @property
     def settled(self): return self.tol is not None
@@ -243,15 +290,15 @@ def settle(self):
     self.native = next((p.dtype for p in params), torch.float32)
     small = torch.finfo(self.native).eps > 1e-5
     steps = [torch.float32, torch.float64] if small else [None] if self.native == torch.float64 else [None, torch.float64]
-    for self.dtype in steps:
+    for self.dtype, self.as_is, most in [(d, False, 1e-5) for d in steps] + [(None, False, math.inf), (None, True, math.inf)]:
         try:
-            self.blind = bool(stand_ins(self.model, self.dtype))
             with self.substitute():
                 self.branches = bool(own - called) and self.steady()
                 effect = self.noise()
-        except Exception: continue
-        if effect < 1e-5: break
-    else: self.dtype, self.blind, effect = None, False, self.noise()
+        except Exception:
+            if self.as_is: raise
+            continue
+        if effect <= most: break
     floor = _FLOOR[torch.float32] if small or self.dtype else _FLOOR.get(self.native, 1e-4)
     self.tol = self.given if self.given is not None else min(max(1000 * effect, floor), .1)
     return self
@@ -265,8 +312,10 @@ def steady(self):
 
 @method(Trial)
 def substitute(self):
-    "Stand-ins for the real values, where those are needed"
-    return standing_in(stand_ins(self.model, self.dtype)) if self.blind else contextlib.nullcontext()
+    "Stand-ins for the real values, where those are needed now"
+    values = {} if self.as_is else stand_ins(self.model, self.dtype)
+    self.blind = bool(values)
+    return standing_in(values) if values else contextlib.nullcontext()
 
 @method(Trial)
 def promised(self,
@@ -289,9 +338,9 @@ def trial_of(
 )->Trial: # settled
     "The trial of a model; the last one again if model, examples and tolerance are the same"
     given = tensors_in([list(c) for c in as_examples(examples)])
-    params = [p.dtype for p in model.parameters()]
-    inputs = tuple((t.shape, t._version) for t in given) or repr(examples)
-    key = tol, params[:1], len(params), tuple(map(id, model.modules())), inputs
+    mods, params, _ = parts(model)
+    inputs = tuple((t.shape, _version(t)) for t in given) or repr(examples)
+    key = tol, [p.dtype for p in params[:1]], len(params), tuple(map(id, mods)), inputs
     old = _TRIALS.get(model)
     known = old and old[0] == key and len(old[1]) == len(given) and all(r() is t for r, t in zip(old[1], given, strict=True))
     if not known:
@@ -300,7 +349,6 @@ def trial_of(
         _TRIALS[model] = key, [weakref.ref(t) for t in given], state
         return fresh
     found = object.__new__(Trial); found.__dict__.update(old[2], model=model, calls=as_examples(examples))
-    found.blind = bool(stand_ins(model, found.dtype))
     return found
 
 # %% ../nbs/07d_trial.ipynb #df37dc3b
@@ -340,7 +388,8 @@ def _tries(found, most=48):
 @method(Trial)
 def differs(self, old, exact=True):
     "(error, None) when the outputs are as promised, else (error, the exception or a description)"
-    try: new = self.outputs()
+    self.last = None
+    try: new = self.last = self.outputs()
     except Exception as e: return float('inf'), e
     if not exact and [t.shape for t in new] == [t.shape for t in old]: return relative(new, old), None
     error = relative(new, old)
