@@ -196,6 +196,14 @@ def test_the_gpu_finds_the_same(name, how):
     with torch.autocast('cuda', torch.bfloat16, enabled=how == 'autocast'): u = units(model, x)
     assert summary(u) == EXPECT[name] and not u.notes and torch.equal(torch.cuda.get_rng_state(), rng)
 
+def test_a_softmax_in_float32_under_autocast(monkeypatch):
+    "CUDA's autocast computes a softmax in float32; the model has to run with that, and the units are the same"
+    own = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, 'softmax', lambda t, dim: own(t.float(), dim))
+    model, x = zoo.build('moe', torch.float32)
+    with torch.autocast('cpu', torch.bfloat16): u = units(model, x)
+    assert summary(u) == EXPECT['moe'] and not u.notes
+
 # --- nothing is changed
 
 def snapshot(model):

@@ -226,7 +226,7 @@ class MoE(nn.Module):
         y = torch.zeros_like(x)
         for e, f in enumerate(self.experts):
             at = (i == e).nonzero().squeeze(-1)
-            y.index_add_(0, at, f(x[at])*p[at, None])
+            y.index_add_(0, at, (f(x[at])*p[at, None]).to(y.dtype)) # under CUDA's autocast a softmax is float32
         return self.out(x + y)
 
 @zoo('user_parametrize', rand(5, 6))
