@@ -41,7 +41,11 @@ def _relinked(surgeon, path, change, values=None, kept=None):
         lost[n] = {s.path: s.tensor[gone.to(s.tensor.device)] for s in slots[n] if s.path != 'grad'}
         moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state')
                   or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
-        surgeon.store(moving, [_reordered(s, order, (kept or {}).get(n, {}).get(s.path), values) for s in moving])
+        news = [(s, _reordered(s, order, (kept or {}).get(n, {}).get(s.path), values)) for s in moving]
+        for s, v in news: # `back` puts the old gradient back, once the links it fits are there
+            if s.path == 'grad': s.put(v)
+        rest = [(s, v) for s, v in news if s.path != 'grad']
+        surgeon.store([s for s, _ in rest], [v for _, v in rest])
     return lost
 
 def _reordered(slot, order, kept, values):

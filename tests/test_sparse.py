@@ -1,0 +1,152 @@
+"A sparse layer computes what the dense one with a mask computes, costs what its links cost, and is edited like any other"
+import copy
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from plasticity.edits import edit, load_record, replay
+from plasticity.sparse import MODES, SparseLinear, choose_mode, draw_places, from_dense, measure_modes, random_layer, random_places
+import plasticity.sparse as sparse_module
+
+def masked(layer, x):
+    w = layer.matrix().detach().clone().requires_grad_()
+    b = layer.bias.detach().clone().requires_grad_() if layer.bias is not None else None
+    return w, b, nn.functional.linear(x, w, b)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.sampled_from(MODES), st.booleans(), st.integers(0, 9),
+       st.integers(0, 99))
+def test_equals_dense_with_mask(i, o, density, mode, bias, batch, seed):
+    g = torch.Generator().manual_seed(seed)
+    at = torch.randperm(i*o, generator=g)[:int(i*o*density)]
+    layer = SparseLinear(i, o, at // i, at % i, torch.randn(len(at), generator=g), bias=bias, mode=mode)
+    x = torch.randn(batch, i, generator=g, requires_grad=True); x2 = x.detach().clone().requires_grad_()
+    t = torch.randn(batch, o, generator=g)
+    y = layer(x); w, b, z = masked(layer, x2)
+    assert torch.allclose(y, z, atol=1e-6)
+    (y*t).sum().backward(); (z*t).sum().backward()
+    assert layer.n_links == len(at) == int(layer.mask().sum()) and layer.running == mode
+    if len(at): assert torch.allclose(x.grad, x2.grad, atol=1e-5)
+    got = layer.values.grad if layer.values.grad is not None else torch.zeros_like(layer.values)
+    if layer.full: assert torch.allclose(got.view(o, i), w.grad*layer.mask(), atol=1e-5)
+    else: assert torch.allclose(got, w.grad[layer.mask()], atol=1e-5)
+    if bias: assert torch.allclose(layer.bias.grad, b.grad, atol=1e-5)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.data(), st.sampled_from(MODES))
+def test_links_come_and_go_with_values_and_moments(i, o, data, mode):
+    seed = data.draw(st.integers(0, 99)); g = torch.Generator().manual_seed(seed)
+    n = data.draw(st.integers(1, i*o)); at = torch.randperm(i*o, generator=g)
+    net = nn.Sequential(SparseLinear(i, o, at[:n] // i, at[:n] % i, torch.randn(n, generator=g), mode=mode), nn.Linear(o, 2))
+    layer, adam, x = net[0], torch.optim.Adam(net.parameters()), torch.randn(6, i, generator=g)
+    net(x).square().mean().backward(); adam.step()
+    def seen():
+        m = adam.state[layer.values]; k = layer.keys()
+        at_ = k if layer.full else torch.arange(len(k))
+        three = layer.values.data, m['exp_avg'], m['exp_avg_sq']
+        return {int(a): tuple(t[b].item() for t in three) for a, b in zip(k, at_, strict=True)}
+    old, y = seen(), net(x).detach()
+    new = at[n:n + data.draw(st.integers(0, 5))]
+    state = copy.deepcopy((net.state_dict(), adam.state_dict()['state']))
+    with edit(net, adam, x) as e: e.connect('0', new // i, new % i)
+    assert torch.allclose(net(x), y, atol=1e-6) and layer.n_links == n + len(new)
+    now = seen()
+    assert all(now[k] == v for k, v in old.items()) and all(now[int(k)][:2] == (0, 0) for k in new)
+    gone = layer.keys()[:2]
+    with edit(net, adam, x) as f: f.disconnect('0', gone // i, gone % i)
+    assert layer.n_links == n + len(new) - len(gone)
+    for r in (f.record, e.record): replay(net, r.inverse(), adam)
+    for k, v in net.state_dict().items(): assert torch.equal(v, state[0][k]), k
+    for a, b in zip(adam.state_dict()['state'].values(), state[1].values(), strict=True):
+        for k in ('exp_avg', 'exp_avg_sq'):
+            if layer.full and a[k].shape == layer.values.shape: continue
+            assert torch.equal(a[k], b[k])
+
+def test_zero_weight_links_keep_the_function_to_the_bit_and_records_survive_a_file(tmp_path):
+    net = nn.Sequential(random_layer(30, 20, .05), nn.Tanh(), random_layer(20, 4, .2)); x = torch.randn(9, 30); y = net(x).detach()
+    other = copy.deepcopy(net)
+    free = (~net[0].mask()).nonzero()[:7]
+    with edit(net, None, x) as e: e.connect('0', *free.T)
+    assert torch.equal(net(x), y)
+    e.record.save(tmp_path/'r'); replay(other, load_record(tmp_path/'r'))
+    assert torch.equal(other[0].keys(), net[0].keys())
+
+def test_refusals_leave_the_layer_as_it_was():
+    layer = random_layer(6, 5, .3, mode='gather'); before = copy.deepcopy(layer.state_dict()); r, c, _ = layer.links()
+    for call, match in ((lambda: layer.connect(r[:1], c[:1], [1.]), 'exists'), (lambda: layer.connect([9], [0], [1.]), 'rows'),
+                        (lambda: layer.disconnect(*(~layer.mask()).nonzero()[0, :, None]), 'no link'),
+                        (lambda: SparseLinear(3, 3, [0, 0], [1, 1]), 'twice'), (lambda: SparseLinear(0, 3), 'in_features'),
+                        (lambda: SparseLinear(3, 3, mode='coo'), 'mode'), (lambda: layer(torch.randn(2, 7)), 'features')):
+        with pytest.raises(ValueError, match=match): call()
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+def test_rolled_back_links_compute_what_they_did():
+    net = nn.Sequential(random_layer(6, 5, .3, mode='gather'), nn.Linear(5, 2)); x = torch.randn(4, 6, requires_grad=True)
+    y = net(x); y.sum().backward(); first = x.grad.clone(); x.grad = None
+    free = (~net[0].mask()).nonzero()[:3].T
+    with pytest.raises(RuntimeError, match='stop'):
+        with edit(net, None, x.detach()) as e:
+            r, c, _ = net[0].links(); e.disconnect('0', r[:3], c[:3]); e.connect('0', *free, torch.ones(3).tolist())
+            raise RuntimeError('stop')
+    net(x).sum().backward()
+    assert torch.equal(net(x), y) and torch.equal(x.grad, first)
+
+@pytest.mark.parametrize('mode', MODES)
+def test_saved_with_its_links(mode):
+    a, b = random_layer(9, 7, .4, mode=mode), random_layer(9, 7, .1, seed=3)
+    b.load_state_dict(a.state_dict()); x = torch.randn(3, 9)
+    assert torch.allclose(a(x), b(x), atol=1e-6) and b.n_links == a.n_links
+    adam = torch.optim.Adam(b.parameters()); b(x).sum().backward(); adam.step()
+
+def test_memory_is_in_proportion_to_links():
+    layer = random_layer(2**18, 2**18, 1e-7)
+    x = torch.randn(2, 2**18, requires_grad=True); layer(x).sum().backward()
+    kept = [layer.values, layer.values.grad, layer.cols, layer.index()['rows']] + [layer.cache['turned'][k] for k in ('rows', 'order')]
+    assert sum(t.numel()*t.element_size() for t in kept) == 24*layer.n_links and layer.n_links == int(2**36*1e-7)
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    layer, x = random_layer(50, 40, .2, mode='gather'), torch.randn(5, 50, requires_grad=True)
+    def run():
+        layer.cache = x.grad = layer.values.grad = None
+        y = layer(x); (y*y).sum().backward()
+        return y.detach(), x.grad, layer.values.grad
+    whole = run(); monkeypatch.setattr(sparse_module, 'BLOCK', 7); parts = run()
+    assert len(layer.cache['parts']) > 5 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+
+def test_draws_are_distinct_exact_and_free():
+    g = torch.Generator().manual_seed(0)
+    taken = torch.arange(0, 2**22, 5)
+    for total, n in ((10, 10), (2**22, 1000), (2**22, 2**20)):
+        k = draw_places(total, n, g, taken[taken < total] if total > 10 else None)
+        assert len(k.unique()) == n and int(k.max()) < total
+        if total > 10: assert not torch.isin(k, taken).any()
+    with pytest.raises(ValueError): draw_places(10, 11, g)
+    assert len(random_places(784, 256, 1e-4)[0]) == 20 and len(random_places(10, 3, 1e-4)[0]) == 1
+
+@pytest.mark.parametrize('init', ['xavier', 'he'])
+def test_first_weights_follow_the_links_that_exist(init):
+    layer = random_layer(400, 300, .2, init, mode='gather'); r, c, v = layer.links()
+    k = layer.fan_in()[r].float() if init == 'he' else layer.fan_in()[r].float() + layer.fan_out()[c].float()
+    z = v*(k/2).sqrt()
+    assert abs(z.std() - 1) < .02 and abs(z.mean()) < .02
+
+def test_to_and_from_dense():
+    lin = nn.Linear(12, 8); m = torch.rand(8, 12) < .3; x = torch.randn(5, 12)
+    s = from_dense(lin, m); want = nn.functional.linear(x, lin.weight*m, lin.bias)
+    assert torch.allclose(s(x), want, atol=1e-6) and torch.allclose(s.to_dense()(x), want, atol=1e-6)
+    assert from_dense(lin, bias=False).bias is None and from_dense(lin).full and from_dense(lin).n_links == 96
+
+def test_any_leading_dimensions_dtype_and_empty():
+    layer = random_layer(6, 4, .5, mode='gather').double()
+    assert layer(torch.randn(2, 3, 6).double()).shape == (2, 3, 4) and layer(torch.randn(6).double()).shape == (4,)
+    assert torch.equal(SparseLinear(3, 2)(torch.randn(4, 3)), torch.zeros(4, 2)) and layer(torch.randn(0, 6).double()).shape == (0, 4)
+
+def test_sparse_step_is_faster_and_measured_choice_works():
+    t = {r['mode']: r['ms'] for r in measure_modes(1024, 1024, 1e-3, repeats=5)}
+    assert t['gather'] < t['nn.Linear']/4
+    assert random_layer(64, 64, .01, mode='measured').mode in MODES and choose_mode(1.) == 'dense'
+
+def test_gradients_are_those_of_finite_differences():
+    layer = random_layer(5, 4, .5, mode='gather').double(); x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, v: torch.func.functional_call(layer, dict(values=v), (x,)), (x, layer.values))
