@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP', 'MOST_VALUES', 'MOST_IMAGES', 'SUMS',
-           'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread', 'row_index',
-           'take_images', 'places', 'rows_view', 'take_rows', 'copied', 'grad_sums', 'unit_sums', 'activation_bounds',
-           'LayerStats', 'size', 'new_stats', 'Record', 'runs', 'Layout', 'totals', 'accumulate', 'Slot', 'Bank',
-           'record', 'stats_of', 'Watch', 'first_tensor', 'Quiet', 'Known', 'Monitor', 'attach', 'remove', 'before_fit',
-           'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
+           'MOST_CAPTURED', 'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread',
+           'row_index', 'take_images', 'places', 'rows_view', 'take_rows', 'copied', 'grad_sums', 'unit_sums',
+           'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record', 'runs', 'Layout', 'totals', 'accumulate',
+           'Slot', 'Bank', 'capture', 'record', 'stats_of', 'Watch', 'first_tensor', 'Quiet', 'Known', 'Monitor',
+           'attach', 'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit', 'state_dict',
+           'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
 import fnmatch, functools, itertools, math, sys
@@ -180,8 +181,11 @@ def unit_sums(
     saturation=1e-4, # |g| / mean |h| below this counts as saturated
 )->torch.Tensor: # (len(SUMS), units)
     "The sums of `SUMS`"
-    x2 = x*x
-    rows = [x.sum(0), x2.sum(0), (x2*x).sum(0), (x2*x2).sum(0), a.sum(0), (a < zero).sum(0, dtype=x.dtype)]
+    rows, p = [x.sum(0)], x
+    for _ in range(3):
+        p = p*x if p is x else p.mul_(x)
+        rows.append(p.sum(0))
+    rows += [a.sum(0), (a < zero).sum(0, dtype=x.dtype)]
     if bounds is None: rows.append(torch.zeros_like(rows[0]))
     else:
         low, high, edge = *bounds, .05 * (bounds[1] - bounds[0])
@@ -373,6 +377,8 @@ class Slot:
         self.taken = True
         return True
 
+MOST_CAPTURED = 2**23 # values of one kind in one pass, up to which a bank on a GPU keeps its buffers and a graph
+
 class Bank:
     "States and buffers of records of one kind that come in the same shapes each time"
     def __init__(self, rs):
@@ -386,6 +392,8 @@ class Bank:
         for (_, i, j), grams in zip(self.layout.grams, self.grams, strict=True):
             for r, v in zip(rs[i:j], grams, strict=True): r.stats.gram = v
         for r, slot in zip(rs, self.slots, strict=True): r.known.slot = slot
+        self.small = rs[0].x.is_cuda and self.rows * self.layout.at[-1] <= MOST_CAPTURED
+        self.done, self.graph = None, None # with which (batch, scale) it was added last; the captured graph of that
 
     def holds(self, rs):
         "Whether these records, and no others, have been written here"
@@ -395,7 +403,8 @@ class Bank:
 # %% ../nbs/04_monitors.ipynb #8bb8b6fc
 @method(Bank)
 def _open(self):
-    "Buffers for one pass"
+    "Buffers for one pass, or for all"
+    if self.x is not None: return
     self.x = torch.empty(self.rows, self.layout.at[-1], **self.like)
     self.g, self.tops = torch.empty_like(self.x) if self.grads else None, []
     for key, into, rows in (('x', 'into', self.x), ('g', 'grad_into', self.g)):
@@ -409,16 +418,37 @@ def _open(self):
 
 @method(Bank)
 def _close(self):
-    "Drop the buffers"
+    "Drop the buffers, if there is no graph that has their addresses"
+    for s in self.slots: s.taken = False
+    if self.small: return
     self.x = self.g = self.tops = None
     for s in self.slots: s.clear()
 
 @method(Bank)
 def _sum(self, batch, scale):
     "Add what has been written to the states"
+    now = self.small and not torch.cuda.is_current_stream_capturing()
+    if now and self.graph is not None and self.done == (batch, scale): return self.graph.replay()
     sums, active, largest, grams = totals(self.layout, self.x, self.g, self.tops, batch, scale)
     self.sums.add_(sums); self.active.add_(active); torch.maximum(self.largest, largest, out=self.largest)
-    torch._foreach_add_(self.grams, grams) if grams else None
+    if grams: torch._foreach_add_(self.grams, grams)
+    if now: self.done, self.graph = (batch, scale), None
+
+@method(Bank)
+@torch.no_grad()
+def capture(self):
+    "Make one launch of the additions, once they have been done the same way before"
+    if self.done is None or self.graph is not None or isinstance(self.done[1], torch.Tensor): return
+    if torch.cuda.is_current_stream_capturing(): return
+    (batch, scale), small, self.small = self.done, self.small, False
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.like['device'])
+    with torch.cuda.device(self.like['device']), torch.cuda.stream(torch.cuda.Stream()), torch.autocast('cuda', enabled=False):
+        torch.cuda.current_stream().wait_stream(here)
+        graph.capture_begin(capture_error_mode='thread_local')
+        try: self._sum(batch, scale)
+        finally: graph.capture_end(); self.small = small
+        here.wait_stream(torch.cuda.current_stream())
+    self.graph = graph
 
 # %% ../nbs/04_monitors.ipynb #2796a8fa
 @torch.no_grad()
@@ -448,8 +478,9 @@ def stats_of(
 # %% ../nbs/04_monitors.ipynb #b33622c8
 class Watch:
     "Records of one forward (and backward) pass through chosen layers"
-    def __init__(self, layers, state, rows=512, gradients=True, batch=None, axis=None, all_images=False, plans=None):
-        self.all_images, self.grad_handles, self.plans = all_images, [], {} if plans is None else plans
+    def __init__(self, layers, state, rows=512, gradients=True, batch=None, axis=None, all_images=False, plans=None, states=None):
+        self.all_images, self.grad_handles = all_images, []
+        self.plans, self.states = {} if plans is None else plans, {} if states is None else states
         self.layers, self.state, self.rows, self.gradients, self.batch = layers, state, rows, gradients, batch
         self.axis, self.records, self.waiting, self.calls, self.handles = axis or {}, [], 0, {}, []
         self.on_last = lambda: None # called when the last expected gradient has come
@@ -510,16 +541,17 @@ class Quiet:
 
 class Known:
     "How a layer's output was looked at last time, to be repeated without thinking"
-    __slots__ = 'shape', 'stride', 'dtype', 'kind', 'axis', 'stats', 'view', 'top', 'dims', 'rows', 'slot', 'back'
+    __slots__ = 'shape', 'stride', 'dtype', 'device', 'kind', 'axis', 'stats', 'view', 'top', 'dims', 'rows', 'slot', 'back'
     def __init__(self, h, axis, stats, rows, all_images):
-        self.shape, self.stride, self.dtype, self.kind, self.axis, self.stats = h.shape, h.stride(), h.dtype, h.device.type, axis, stats
+        self.shape, self.stride, self.dtype, self.device, self.kind = h.shape, h.stride(), h.dtype, h.device, h.device.type
+        self.axis, self.stats = axis, stats
         plain = h.is_floating_point() and h.ndim > 1 and not torch._C._functorch.is_functorch_wrapped_tensor(h)
         self.view = rows_view(h, axis, rows) if plain else None
         images = take_images(h.detach(), None if all_images else rows)
         self.top, self.dims = (images.shape, images.stride()), tuple(range(2, h.ndim)) if axis == 1 and h.ndim > 2 else None
         self.rows, self.slot, self.back = rows, None, (self.stride, self.view) # back: the same of a gradient
 
-    def fits(self, h): return h.shape == self.shape and h.stride() == self.stride and h.dtype is self.dtype
+    def fits(self, h): return h.shape == self.shape and h.stride() == self.stride and h.dtype is self.dtype and h.device == self.device
 
     def record(self, h):
         "What `record` gives, with as few calls as it takes"
@@ -550,8 +582,7 @@ def _hook(self, name):
         call = self.calls[name] = min(self.calls.get(name, 0) + 1, MOST_CALLS)
         key = name if call == 1 else f'{name}:{call}'
         k = self.plans.get(key)
-        again = k is not None and h is not None and k.view is not None and k.fits(h)
-        if again and self.state(key, module, k.shape[k.axis], h.device) is k.stats:
+        if k is not None and k.view is not None and h is not None and self.states.get(key) is k.stats and k.fits(h):
             if h.ndim > 2: h._unit_axis = k.axis
             r, axis, lone = k.record(h), k.axis, False
         else:
@@ -669,8 +700,9 @@ def _before(self, module, args, kwargs):
     self._flush()
     self._inside, self.measured = True, self.measured + 1
     self._watch = Watch(self._selected(), self._state, self.rows, self.gradients and torch.is_grad_enabled(),
-                        self._factor(args, kwargs), self.axis, plans=self._plans)
+                        self._factor(args, kwargs), self.axis, plans=self._plans, states=self._stats)
     self._watch.on_last = self._flush
+    for bank in {k.slot.bank for k in self._plans.values() if k.slot is not None}: bank.capture()
     self._stance = eager()
     self._stance.__enter__()
     self._watch.open(self.model)

@@ -238,10 +238,16 @@ def counting():
     def backend(gm, _): n[0] += 1; return gm.forward
     return n, backend
 
+class Own(nn.Sequential):
+    "What PyTorch 2.11 compiles in place, unlike a plain nn.Sequential"
+    def forward(self, x):
+        for m in self: x = m(x)
+        return x
+
 @pytest.mark.parametrize('in_place', [False, True])
 def test_compiled(in_place):
     n, backend = counting()
-    net = mlp()
+    net = Own(*mlp())
     if in_place: net.compile(backend=backend); model = net
     else: model = torch.compile(net, backend=backend)
     x = torch.randn(8, 6)
@@ -406,7 +412,8 @@ class Cell(nn.Module):
 @pytest.mark.parametrize('make,shape', [*CASES, (Cell, (32, 6)), (lambda: Cell(10), (32, 6))])
 @pytest.mark.parametrize('kw', [{}, dict(gradients=False), dict(gram=False), dict(max_units=5), dict(rows=3)])
 @pytest.mark.parametrize('cast', [False, True])
-def test_a_bank_gives_the_same_bits(make, shape, kw, cast, monkeypatch):
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA'))])
+def test_a_bank_gives_the_same_bits(make, shape, kw, cast, device, monkeypatch):
     "States in common tensors against states of their own: the same sums, whatever the sizes of the batches and the kind of pass"
     from plasticity import monitors
     results, built = [], []
@@ -415,11 +422,11 @@ def test_a_bank_gives_the_same_bits(make, shape, kw, cast, monkeypatch):
     for banks in (True, False):
         if not banks: monkeypatch.setattr(monitors, '_settled', lambda rs: False)
         torch.manual_seed(1)
-        net, x, y = make(), torch.randn(shape), torch.randint(3, shape[:1])
+        net, x, y = make().to(device), torch.randn(shape).to(device), torch.randint(3, shape[:1]).to(device)
         with Monitor(net, every=1, **kw) as m:
-            for step in range(12):
+            for step in range(16):
                 n = len(x) // 2 if step == 5 else len(x)
-                with torch.autocast('cpu', torch.bfloat16, enabled=cast), torch.set_grad_enabled(step != 7):
+                with torch.autocast(device, torch.bfloat16, enabled=cast), torch.set_grad_enabled(step != 7):
                     loss = nn.functional.cross_entropy(net(x[:n]), y[:n])
                 if step not in (7, 9): loss.backward(retain_graph=step == 8)  # 9: a pass that nobody follows
                 if step == 8: loss.backward()
@@ -438,7 +445,15 @@ def test_a_bank_holds_nothing_between_steps():
     with Monitor(net, every=1) as m:
         for _ in range(4): nn.functional.cross_entropy(net(x), y).backward()
         banks = {p.slot.bank for p in m._plans.values()}
-        assert len(banks) < len(m) and all(b.x is b.g is b.tops is None for b in banks)
+        assert len(banks) < len(m) and all(b.x is b.g is b.tops is None for b in banks if not b.small)
         assert all(getattr(s, k) is None for b in banks for s in b.slots for k in ('x', 'into', 'g', 'grad_into', 'top'))
         assert m['0'].sums.untyped_storage().data_ptr() == m['4'].sums.untyped_storage().data_ptr()
         assert all(v.is_contiguous() for s in m.state_dict()['stats'].values() for v in s.values() if isinstance(v, torch.Tensor))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+def test_on_a_gpu_the_additions_are_one_graph():
+    net, x, y = cnn().cuda(), torch.randn(16, 3, 8, 8).cuda(), torch.randint(3, (16,)).cuda()
+    with Monitor(net, every=1) as m:
+        for _ in range(5): nn.functional.cross_entropy(net(x), y).backward()
+        banks = {p.slot.bank for p in m._plans.values()}
+        assert all(b.graph is not None for b in banks) and all(s.n > 0 and torch.isfinite(s.sums).all() for s in m)
