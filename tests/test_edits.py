@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -15,7 +14,6 @@ from plasticity.units import (BilinearUnits, EditError, FrozenUnits, HardCodedSh
                               NotPreserved,
                               TiedUnits, UnseenParameters, WrappedModel, units)
 
-EXAMPLES = int(os.environ.get('PLASTICITY_EXAMPLES', 12))
 RATE = dict(sgd=lambda p: torch.optim.SGD(p, .02), momentum=lambda p: torch.optim.SGD(p, .02, momentum=.9),
             adam=lambda p: torch.optim.Adam(p, 1e-3),
             amsgrad=lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True), adamw=lambda p: torch.optim.AdamW(p, 1e-3), nadam=torch.optim.NAdam,
@@ -202,52 +200,7 @@ def _net2net_cnn(net, source):
         big[3].weight.copy_(net[3].weight[:, m] / count.view(-1, 1, 1)); big[3].bias.copy_(net[3].bias)
     return big
 
-# ---- random sequences
-
-def sequence(draw_model, opt, seed, moves):
-    net, o, x = made(draw_model, seed, opt, 1)
-    rng, records = torch.Generator().manual_seed(seed), []
-    def pick(n): return int(torch.randint(n, (1,), generator=rng))
-    base = copy.deepcopy(net), copy.deepcopy(o.state_dict())
-    for move in moves:
-        if move == 'train':
-            train(net, o, x); continue
-        y, before = out(net, x), image(net, o)
-        found = units(net, x); g = found[pick(len(found))]
-        sure = False
-        try:
-            with edit(net, o, x, check=True) as e:
-                if move == 'deepen': e.deepen('0' if isinstance(net, nn.Sequential) else 'head', seed=seed); sure = True
-                elif move == 'prune': e.prune(g, [pick(g.n)])
-                elif move == 'reset': e.reset(g, [pick(g.n)], seed=seed)
-                else:
-                    e.do(dict(copy=Widen(g, 1 + pick(3), seed=seed), zero=Widen(g, 1 + pick(2), start='zero', seed=seed),
-                              clone=Clone(g, 2))[move]); sure = True
-        except EditError:
-            assert same(image(net, o), before); continue
-        if sure: assert torch.allclose(out(net, x), y, atol=1e-4 * max(1, y.abs().max().item()))
-        assert all(torch.isfinite(p).all() for p in net.parameters())
-        records.append((before, e.record, image(net, o)))
-    return net, o, x, base, records
-
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(list(MODELS)), st.sampled_from(list(RATE)), st.integers(0, 10**6),
-       st.lists(st.sampled_from(['train', 'copy', 'zero', 'clone', 'prune', 'reset', 'deepen']), min_size=1, max_size=8))
-def test_random_sequences(name, opt, seed, moves):
-    net, o, x, _, records = sequence(name, opt, seed, moves)
-    train(net, o, x); train(net, o, x)
-    assert all(torch.isfinite(p).all() for p in net.parameters())
-    fresh = copy.deepcopy(net); fresh.load_state_dict(net.state_dict(), strict=True)
-    assert torch.equal(out(fresh, x), out(net, x)) and (opt == 'sgd' or len(o.state_dict()['state']) == len(list(net.parameters())))
-    net, o, x, base, records = sequence(name, opt, seed, [m for m in moves if m != 'train'])
-    again = base[0]; oo = RATE[opt](again.parameters()); oo.load_state_dict(base[1])
-    for before, record, after in records:
-        assert same(image(again, oo), before)
-        replay(again, record, oo)
-        assert same(image(again, oo), after)
-    for before, record, _ in reversed(records):
-        replay(net, record.inverse(), o)
-        assert same(image(net, o), before)
+# ---- records
 
 def test_replay_in_another_process(tmp_path):
     net, o, x = made('cnn')
