@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from plasticity.cloning import Expand, Paths, Until, abreast, clone, cloning, compare, deviation, escape, scatter
+from plasticity.cloning import Expand, Paths, Until, clone, cloning, compare, deviation, escape, scatter
 from plasticity.data import get_data
 from plasticity.edits import EditRecord, replay
 from plasticity.metrics import clone_r2
@@ -356,17 +356,6 @@ def test_escape():
     assert json.loads(json.dumps(out)) == out
     noisy = escape(data, 'mlp', small, (1, 1), optimizer='noisy_sgd', lr=.05, device='cpu', probe=32)
     assert noisy['clone_r2'] < 1 and noisy['deviation'] > 1e-6
-
-def test_abreast(tmp_path):
-    'Processes beside each other clone and stop at the same epochs; a failure is told'
-    job = dict(data=dict(name='spirals'), model='mlp', options=dict(hidden_sizes=(6,)), optimizer='sgd', lr=.05)
-    job |= dict(device='cpu', probe=32, every=1)
-    out = abreast([[dict(job, arm=a, seed=0, seconds=.5), dict(job, arm=a, seed=1, seconds=.2)] for a in ('a', 'b')])
-    assert sorted((r['arm'], r['seed']) for r in out) == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
-    for seed in (0, 1):
-        a, b = (next(r for r in out if r['arm'] == k and r['seed'] == seed) for k in 'ab')
-        assert a['epochs'] == b['epochs'] > a['base_epochs'] == b['base_epochs'] and a['clone_loss'] == b['clone_loss']
-    with pytest.raises(ValueError, match='nonsense'): abreast([[dict(job, arm='a', seed=0, seconds=.1, data=dict(name='nonsense'))]])
 
 def test_paths():
     'Twins stay one point, and drift with noise'

@@ -9,7 +9,7 @@ from torch import nn
 
 from plasticity.cloning import deviation
 from plasticity.data import Data, get_data
-from plasticity.fleet import Clock, FleetSGD, FleetTrainer, Orders, Watch, clones, fast, race
+from plasticity.fleet import Clock, FleetSGD, FleetTrainer, Orders, Watch, clones, products, race
 from plasticity.models import make_model
 from plasticity.results import generator
 from plasticity.training import Trainer
@@ -152,7 +152,8 @@ def test_bf16_and_regression():
     f = FleetTrainer([nn.Linear(10, 1), nn.Linear(10, 1)], Orders(d, [0]), [dict(lr=.05)]*2, device='cpu', precision='bf16').fit(8)
     losses = f.history.column('losses')
     assert max(losses[-1]) < .3*min(losses[0]) and set(f.evaluate()) == {'losses'}
-    with fast(): assert torch.backends.cudnn.deterministic
+    with products('ieee'): assert torch.backends.cudnn.deterministic and torch.backends.cuda.matmul.fp32_precision == 'ieee'
+    assert not torch.backends.cudnn.deterministic
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('engine', ['graph', 'chain', 'eager'])
