@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'rea
            'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
            'diff']
 
-# %% ../nbs/14u_store.ipynb #1a1de460
+# %% ../nbs/14u_store.ipynb #4c70c158
 import json, os, re, stat, time, uuid, weakref
 from collections import Counter
 from hashlib import sha256
@@ -23,7 +23,7 @@ from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #52e152b3
+# %% ../nbs/14u_store.ipynb #109a7a2b
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -68,7 +68,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #bf45869e
+# %% ../nbs/14u_store.ipynb #13984f29
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -89,7 +89,7 @@ class Snapshot:
     @property
     def edits(self): return self.store.manifest(self)['edits']
 
-# %% ../nbs/14u_store.ipynb #5fc3868a
+# %% ../nbs/14u_store.ipynb #362ce5d5
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -123,7 +123,7 @@ def _entry_ok(e):
             and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id'] and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #6adba22a
+# %% ../nbs/14u_store.ipynb #a4010aa0
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -187,7 +187,7 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #e1090021
+# %% ../nbs/14u_store.ipynb #53beb376
 _MAYBE = type(None)
 _FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=list,
                tensors=dict, gone=list, trees=dict, history=(list, _MAYBE))
@@ -216,7 +216,7 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #6e4a634f
+# %% ../nbs/14u_store.ipynb #f1858e34
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
@@ -247,7 +247,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #ac5d5bd9
+# %% ../nbs/14u_store.ipynb #e3d8ff53
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -282,7 +282,7 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #c6e3dfaf
+# %% ../nbs/14u_store.ipynb #444d6fb7
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
     out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n, e in m['tensors'].items())
@@ -319,7 +319,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #a79dee86
+# %% ../nbs/14u_store.ipynb #08492efc
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -367,7 +367,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #bf869016
+# %% ../nbs/14u_store.ipynb #f509879f
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -380,7 +380,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #a95a477f
+# %% ../nbs/14u_store.ipynb #6cb75b81
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -410,7 +410,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #afd73656
+# %% ../nbs/14u_store.ipynb #f57dee0b
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -460,7 +460,7 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #54eeb100
+# %% ../nbs/14u_store.ipynb #a364f27e
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
     return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect') and hasattr(m, 'keys')}
@@ -537,7 +537,7 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #a815921f
+# %% ../nbs/14u_store.ipynb #4072d9d8
 def _packed(new, base, origins):
     "(manifest entries, pieces of the file, names gone): what has changed since `base`, or everything"
     entries, pieces, same = {}, {}, {}
@@ -556,7 +556,7 @@ def _packed(new, base, origins):
         entries[n] = entry
     return entries, pieces, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #48408984
+# %% ../nbs/14u_store.ipynb #90133ccc
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
@@ -594,7 +594,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #86f7687b
+# %% ../nbs/14u_store.ipynb #b5608ea1
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -642,7 +642,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #54655020
+# %% ../nbs/14u_store.ipynb #40e5b3be
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -677,7 +677,7 @@ def _remembered(i, now, base, size):
     return dict(id=i, tensors=out, depth=base['depth'] + 1 if base else 0, room=size + (base['room'] if base else 0), links=now['links'],
                 history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs', 'frozen')})
 
-# %% ../nbs/14u_store.ipynb #ab637a7b
+# %% ../nbs/14u_store.ipynb #2842336b
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -725,7 +725,7 @@ def load(self,
         return model, opt
     except SnapshotError as err: raise SnapshotError(f"{self.folder/e['file']}: {err}") from None
 
-# %% ../nbs/14u_store.ipynb #56836457
+# %% ../nbs/14u_store.ipynb #2ed3c8a6
 @method(SnapshotStore)
 def _fill(self, model, got, ms):
     "The model with the tensors of a snapshot"
@@ -773,7 +773,7 @@ def _state(self):
 
 Snapshot.state = _state
 
-# %% ../nbs/14u_store.ipynb #0f010029
+# %% ../nbs/14u_store.ipynb #3c957702
 @method(SnapshotStore)
 def _ids(self, given):
     "Ids of snapshots, names or places"
@@ -817,7 +817,7 @@ def _compact(self):
             self._last = None
         before, edits = i, []
 
-# %% ../nbs/14u_store.ipynb #ccd27cb4
+# %% ../nbs/14u_store.ipynb #4256e463
 @method(SnapshotStore)
 def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
     "Read every snapshot whole and check every sum"
@@ -834,7 +834,7 @@ def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
         if n not in known and not n.endswith('.damaged'): rows.append(dict(id=None, file=n, bytes=None, state='foreign', why='not of this store'))
     return Table(rows)
 
-# %% ../nbs/14u_store.ipynb #ebf4d62b
+# %% ../nbs/14u_store.ipynb #3a26a183
 @method(SnapshotStore)
 def repair(self) -> Table: # file, done
     "Make the store consistent again: keep every snapshot that is whole, put the others aside"
@@ -899,7 +899,7 @@ def _rewrite(self, hidden):
     self._mark = self._last = None
     self._tidy()
 
-# %% ../nbs/14u_store.ipynb #23c3e1f2
+# %% ../nbs/14u_store.ipynb #8dd57f6b
 class Diff(Table):
     "What differs between two snapshots: a row for each tensor; `edits` are those between them"
     edits = ()
