@@ -165,3 +165,16 @@ def test_engines(engine):
     assert f.engine == engine, f.reason
     ref = FleetTrainer(alone, Orders(d, [0]), [dict(lr=.05)]*3, batch_size=32, device='cpu').fit(3)
     for p, q in zip(f.model.parameters(), ref.model.parameters(), strict=True): torch.testing.assert_close(p.cpu(), q, rtol=1e-2, atol=1e-4)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('name, precision', [('mlp', 'float32'), ('cnn', 'bf16'), ('resnet', 'bf16'), ('vit', 'bf16')])
+def test_race_on_a_gpu(name, precision):
+    "Recorded, in low precision: plain SGD stays, noise and dropout leave; the noise decays and differs from step to step"
+    arms = dict(sgd={}, noise=dict(noise=.01, noise_decay=.99), dropout=dict(options=dict(dropout=.2)))
+    layers = ['*.mlp.act', '*.attn.proj'] if name == 'vit' else '*.act'
+    out = race(images(256), name, SMALL[name], arms, (0, 1), (2, 6), lr=.05, batch_size=32, augment=True, probe=32, layers=layers,
+               precision=precision, device='cuda')
+    assert out['engine'] == 'graph', out['reason']
+    for r in out['rows']:
+        assert r['start'] < 1e-4 and r['r2'][0] > 1 - 1e-5 and (r['clone_r2'] > 1 - 1e-5) == (r['arm'] == 'sgd'), r
+        assert len(set(r['clone_losses'])) > 1
