@@ -77,7 +77,8 @@ class FleetSGD(torch.optim.Optimizer):
         "Gradients with noise, which then decays"
         sizes, norms = [d.numel() for d in grads], torch.stack(torch._foreach_norm(grads))*g['left']
         drawn = torch.randn(sum(sizes), device=norms.device, dtype=norms.dtype).split(sizes)
-        parts = [z.as_strided(d.shape, d.stride(), z.storage_offset()) for z, d in zip(drawn, grads, strict=True)]
+        def laid(z, d): return z.as_strided(d.shape, torch.empty_like(d, device='meta').stride(), z.storage_offset()) # in memory as d
+        parts = [laid(z, d) for z, d in zip(drawn, grads, strict=True)]
         for z, n in zip(parts, norms, strict=True): z.mul_(n)
         torch._foreach_add_(parts, list(grads))
         g['left'].mul_(g['noise_decay'])

@@ -78,6 +78,10 @@ def test_noise_in_any_layout():
     FleetSGD([net], [dict(lr=1., noise=.01, noise_decay=0.)]).update(0, [d])
     z = (before - net.weight.detach() - d)/(.01*d.norm())
     assert .8 < z.std() < 1.2 and net.weight.is_contiguous(memory_format=torch.channels_last)
+    for d in (torch.randn(6, 5).T, torch.ones(1).expand(5, 6)): # turned; every entry the same place
+        lin = nn.Linear(6, 5, bias=False)
+        FleetSGD([lin], [dict(lr=1., noise=.01, noise_decay=0.)]).update(0, [d])
+        assert lin.weight.unique().numel() == 30
 
 def test_one_noisy_step():
     "A decay of 0 leaves one noisy step"
