@@ -7,9 +7,8 @@ __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP'
            'MOST_CAPTURED', 'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread',
            'row_index', 'take_images', 'places', 'rows_view', 'take_rows', 'copied', 'grad_sums', 'unit_sums',
            'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record', 'runs', 'Layout', 'totals', 'accumulate',
-           'Slot', 'Bank', 'capture', 'record', 'stats_of', 'Watch', 'first_tensor', 'Quiet', 'Known', 'Monitor',
-           'attach', 'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit', 'state_dict',
-           'load_state_dict']
+           'Slot', 'Bank', 'capture', 'record', 'stats_of', 'Watch', 'first_tensor', 'Known', 'Monitor', 'attach',
+           'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
 import fnmatch, functools, itertools, math, sys
@@ -329,7 +328,7 @@ def _together(items, key):
     "Items with the same key, in lists"
     out = {}
     for v in items: out.setdefault(key(v), []).append(v)
-    return out.values()
+    return out
 
 def _add(states, values, largest=False):
     "Add values to tensors in place (or take the larger), few launches; the same tensor may stand twice"
@@ -354,14 +353,14 @@ def _settled(rs):
 @torch.no_grad()
 def accumulate(records, scale=None):
     "Add the records to their states; `scale` divides the gradients (number or tensor of a gradient scaler)"
-    for rs in _together(records, Record.key):
-        bank = rs[0].slot and rs[0].slot.bank
-        ready = bank is not None and bank.holds(rs)
-        with torch.autocast(rs[0].x.device.type, enabled=False):
-            if ready: bank._sum(rs[0].batch, scale)
-            else: _add_records(rs, scale)
+    alone = []
+    for bank, rs in _together(records, lambda r: r.slot and r.slot.bank).items():
+        if bank and bank.holds(rs): bank.add(rs[0].batch, scale)
+        else: alone += rs
+    for rs in _together(alone, Record.key).values():
+        with torch.autocast(rs[0].x.device.type, enabled=False): _add_records(rs, scale)
         for r in rs: r.stats.n += len(r.x); r.stats.samples += len(r.x if r.top is None else r.top); r.stats.passes += 1
-        if not ready and _settled(rs): Bank(rs)
+        if _settled(rs): Bank(rs)
     for bank in {r.slot.bank for r in records if r.slot}: bank._close()
 
 # %% ../nbs/04_monitors.ipynb #611902f7
@@ -385,6 +384,7 @@ class Bank:
         self.layout, self.grads, self.x = Layout(rs), rs[0].g is not None, None
         self.like, self.sizes = dict(dtype=rs[0].x.dtype, device=rs[0].x.device), [r.known.view[0] for r in rs]
         self.rows, self.slots = len(rs[0].x), [Slot(self) for _ in rs]
+        self.counts = [(r.stats, self.rows if r.top is None else len(r.top)) for r in rs]
         for key in ('sums', 'active', 'largest'):
             setattr(self, key, torch.cat([getattr(r.stats, key) for r in rs], -1))
             for r, v in zip(rs, getattr(self, key).split(self.layout.widths, -1), strict=True): setattr(r.stats, key, v)
@@ -397,8 +397,13 @@ class Bank:
 
     def holds(self, rs):
         "Whether these records, and no others, have been written here"
-        return (len(rs) == len(self.slots) and all(r.slot is s for r, s in zip(rs, self.slots, strict=True))
-                and (rs[0].g is not None) == self.grads)
+        return len(rs) == len(self.slots) and all(r.slot is s and r.g is s.g and r.batch == rs[0].batch
+                                                  for r, s in zip(rs, self.slots, strict=True))
+
+    def add(self, batch, scale):
+        "Add what has been written to the states"
+        self._sum(batch, scale)
+        for s, n in self.counts: s.n += self.rows; s.samples += n; s.passes += 1
 
 # %% ../nbs/04_monitors.ipynb #8bb8b6fc
 @method(Bank)
@@ -429,7 +434,9 @@ def _sum(self, batch, scale):
     "Add what has been written to the states"
     now = self.small and not torch.cuda.is_current_stream_capturing()
     if now and self.graph is not None and self.done == (batch, scale): return self.graph.replay()
-    sums, active, largest, grams = totals(self.layout, self.x, self.g, self.tops, batch, scale)
+    with torch.autocast(self.like['device'].type, enabled=False):
+        new = totals(self.layout, self.x, self.g, self.tops, batch, scale)
+    sums, active, largest, grams = new
     self.sums.add_(sums); self.active.add_(active); torch.maximum(self.largest, largest, out=self.largest)
     if grams: torch._foreach_add_(self.grams, grams)
     if now: self.done, self.graph = (batch, scale), None
@@ -442,7 +449,7 @@ def capture(self):
     if torch.cuda.is_current_stream_capturing(): return
     (batch, scale), small, self.small = self.done, self.small, False
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.like['device'])
-    with torch.cuda.device(self.like['device']), torch.cuda.stream(torch.cuda.Stream()), torch.autocast('cuda', enabled=False):
+    with torch.cuda.device(self.like['device']), torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(here)
         graph.capture_begin(capture_error_mode='thread_local')
         try: self._sum(batch, scale)
@@ -503,7 +510,7 @@ class Watch:
     def take(self):
         "The records, at the end of the step; no layer and no gradient will call any more"
         self.close()
-        for h in self.grad_handles: h.remove()
+        for h in self.grad_handles if self.waiting else (): h.remove() # the others went with the graph, or find their record closed
         for r in self.records: r.open = False
         records, self.records, self.grad_handles, self.waiting = self.records, [], [], 0
         return records
@@ -527,23 +534,11 @@ def _batched(module, h):
     return h[None] if h.ndim == (len(module.kernel_size) + 1 if isinstance(module, nn.modules.conv._ConvNd) else 1) else h
 
 # %% ../nbs/04_monitors.ipynb #426fe988
-class Quiet:
-    "No graph and no autocast within, in as few calls as it takes"
-    __slots__ = 'kind', 'grad', 'cast'
-    def __init__(self, kind): self.kind = kind
-    def __enter__(self):
-        self.grad, self.cast = torch.is_grad_enabled(), torch.is_autocast_enabled(self.kind)
-        if self.grad: torch._C._set_grad_enabled(False)
-        if self.cast: torch.set_autocast_enabled(self.kind, False)
-    def __exit__(self, *_):
-        if self.grad: torch._C._set_grad_enabled(True)
-        if self.cast: torch.set_autocast_enabled(self.kind, True)
-
 class Known:
     "How a layer's output was looked at last time, to be repeated without thinking"
-    __slots__ = 'shape', 'stride', 'dtype', 'device', 'kind', 'axis', 'stats', 'view', 'top', 'dims', 'rows', 'slot', 'back'
+    __slots__ = 'shape', 'stride', 'dtype', 'device', 'axis', 'stats', 'view', 'top', 'dims', 'rows', 'slot', 'back'
     def __init__(self, h, axis, stats, rows, all_images):
-        self.shape, self.stride, self.dtype, self.device, self.kind = h.shape, h.stride(), h.dtype, h.device, h.device.type
+        self.shape, self.stride, self.dtype, self.device = h.shape, h.stride(), h.dtype, h.device
         self.axis, self.stats = axis, stats
         plain = h.is_floating_point() and h.ndim > 1 and not torch._C._functorch.is_functorch_wrapped_tensor(h)
         self.view = rows_view(h, axis, rows) if plain else None
@@ -555,23 +550,24 @@ class Known:
 
     def record(self, h):
         "What `record` gives, with as few calls as it takes"
-        slot = self.slot
-        if slot is not None and not slot.take(): slot = None
-        with Quiet(self.kind):
-            if slot is not None: slot.into.copy_(h.as_strided(*self.view))
-            top = None if self.dims is None else h.as_strided(*self.top)
-            if top is not None: top = torch.linalg.vector_norm(top, math.inf, self.dims, out=slot and slot.top)
-            return Record(self.stats, copied(h, *self.view) if slot is None else slot.x, top, known=self, slot=slot)
+        d, slot, top = h.detach(), self.slot, None
+        if slot is None or not slot.take():
+            with torch.autocast(self.device.type, enabled=False):
+                if self.dims is not None: top = torch.linalg.vector_norm(d.as_strided(*self.top), math.inf, self.dims)
+            return Record(self.stats, copied(d, *self.view), top, known=self)
+        slot.into.copy_(d.as_strided(*self.view))
+        if self.dims is not None: torch.linalg.vector_norm(d.as_strided(*self.top), math.inf, self.dims, out=slot.top) # out=: no autocast
+        return Record(self.stats, slot.x, slot.top, known=self, slot=slot)
 
     def gradient(self, g, slot):
         "The rows of a gradient of this output"
+        if g.requires_grad: g = g.detach()
         if g.stride() != self.back[0]: self.back = g.stride(), rows_view(g, self.axis, self.rows)
         into, view = slot and slot.grad_into, self.back[1]
-        with Quiet(self.kind):
-            if view is None: g = take_rows(g, self.axis, self.rows)
-            elif into is None: g = copied(g, *view)
-            else: into.copy_(g.as_strided(*view)); return slot.g
-            return g if into is None else slot.g.copy_(g)
+        if into is None: return take_rows(g, self.axis, self.rows) if view is None else copied(g, *view)
+        if view is None: slot.g.copy_(take_rows(g, self.axis, self.rows))
+        else: into.copy_(g.as_strided(*view))
+        return slot.g
 
 # %% ../nbs/04_monitors.ipynb #1f2e3d4c
 @method(Watch)
@@ -671,7 +667,9 @@ def _flush(self):
     w, self._watch = self._watch, None
     if w is None: return
     records = w.take()
-    self.held = sum(t.numel() * t.element_size() for r in records for t in (r.x, r.top, r.g) if t is not None)
+    kept = [t for bank in {r.slot.bank for r in records if r.slot} for t in (bank.x, bank.g, *bank.tops)]
+    kept += [t for r in records if not r.slot for t in (r.x, r.top, r.g)]
+    self.held = sum(t.numel() * t.element_size() for t in kept if t is not None)
     accumulate(records, self._loss_scale())
     for r in records: r.x = r.top = r.g = r.slot = r.known = None # a graph that is kept keeps the record
 

@@ -416,6 +416,7 @@ class Cell(nn.Module):
 def test_a_bank_gives_the_same_bits(make, shape, kw, cast, device, monkeypatch):
     "States in common tensors against states of their own: the same sums, whatever the sizes of the batches and the kind of pass"
     from plasticity import monitors
+    if device == 'cuda' and make is resnet: pytest.skip('its backward pass is not deterministic on a GPU')
     results, built = [], []
     init = monitors.Bank.__init__
     monkeypatch.setattr(monitors.Bank, '__init__', lambda self, rs: (built.append(len(rs)), init(self, rs))[1])
