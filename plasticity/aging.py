@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'OTHERS', 'Counted', 'Learner', 'learn', 'member_activations', 'member_rows', 'member_report', 'age_rows',
-           'spearman', 'correlations']
+           'rounded', 'packed', 'unpacked', 'spearman', 'correlations']
 
-# %% ../nbs/13b_aging.ipynb #706f0baa
+# %% ../nbs/13b_aging.ipynb #dd7d95c7
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
@@ -17,7 +17,7 @@ from .population import Population, Step
 from .results import Table, did_you_mean, generator
 from .training import evaluating
 
-# %% ../nbs/13b_aging.ipynb #4499c2b5
+# %% ../nbs/13b_aging.ipynb #ba3417db
 class Counted(Step):
     "Training steps that give each member's loss and share of hits"
     def __init__(self,
@@ -35,7 +35,7 @@ class Counted(Step):
         hits = (self.logits(self.out.detach()).argmax(-1) == y).to(losses.dtype).mean(-1)     # (members,)
         return torch.stack([losses, hits])
 
-# %% ../nbs/13b_aging.ipynb #8c4bbfe5
+# %% ../nbs/13b_aging.ipynb #e5524a62
 class Learner:
     "A population with its optimizer, that learns stretches of steps and can be put back to its start"
     def __init__(self,
@@ -60,7 +60,7 @@ class Learner:
         self.done = 0
         return self
 
-# %% ../nbs/13b_aging.ipynb #7442ec33
+# %% ../nbs/13b_aging.ipynb #5fa564d5
 def learn(self,
     batches, # function (first step, last step + 1) -> x, y of these steps; of one step without a first dimension
     total:int # steps, a multiple of the step's own number
@@ -77,7 +77,7 @@ def learn(self,
 
 Learner.learn = learn
 
-# %% ../nbs/13b_aging.ipynb #dd1ed941
+# %% ../nbs/13b_aging.ipynb #98f869c7
 def member_activations(
     population:Population,
     x, # a batch for all (samples, ...), or one each (members, samples, ...) with `own`
@@ -98,7 +98,7 @@ def member_activations(
         for h in hooks: h.remove()
     return {k: (m, out[k]) for k, m in chosen.items() if k in out}
 
-# %% ../nbs/13b_aging.ipynb #8cd2a1b8
+# %% ../nbs/13b_aging.ipynb #bde26347
 def member_rows(
     module, # that gave the outputs
     h, # (members, samples, ...)
@@ -113,7 +113,7 @@ def member_rows(
     if top is None: return Rows(x.double())
     return Rows(x.double(), top.double())
 
-# %% ../nbs/13b_aging.ipynb #462c9bd2
+# %% ../nbs/13b_aging.ipynb #fb84baab
 METRICS = dict(dead=dead_fraction, dormant=lambda r: dead_fraction(r, 'dormant'), duplicates=duplicate_fraction,
                effective_rank=lambda r: effective_rank(r)/min(r.units, r.n), stable_rank=lambda r: stable_rank(r)/min(r.units, r.n),
                rank_at_99=lambda r: rank_at(r)/min(r.units, r.n))
@@ -136,7 +136,7 @@ def member_report(
     out |= _of_weights(population, start) | _of_task(population, x, y, loss, own)
     return dict(zip(out, torch.stack([v.double() for v in out.values()]).cpu(), strict=True))
 
-# %% ../nbs/13b_aging.ipynb #74884cc0
+# %% ../nbs/13b_aging.ipynb #2ad60001
 @torch.no_grad()
 def _of_weights(population, start):
     "Mean size of the weights; distance from the start over its norm"
@@ -155,7 +155,7 @@ def _of_task(population, x, y, loss, own):
     square = sum(g.double().pow(2).flatten(1).sum(1) for g in grads if g is not None)
     return dict(new_loss=losses.detach(), new_gradient=square.sqrt())
 
-# %% ../nbs/13b_aging.ipynb #9551a559
+# %% ../nbs/13b_aging.ipynb #a94b11c5
 def age_rows(
     task:int, # index of the task that begins
     measured:dict, # metric -> (members,), before it
@@ -168,7 +168,33 @@ def age_rows(
     def row(i, a, f): return dict(task=task, run=i, arm=arms[i] if arms else '', aged=a, fresh=f, gap=a - f)
     return [row(i, a, f) | {k: v[i].item() for k, v in measured.items()} for i, (a, f) in enumerate(zip(aged, fresh, strict=True))]
 
-# %% ../nbs/13b_aging.ipynb #f2e75503
+# %% ../nbs/13b_aging.ipynb #638cde58
+def rounded(
+    v, # numbers, in lists, dicts or tensors
+    digits:int=5 # significant
+):
+    "The same with fewer digits, as plain lists, for a small file"
+    if isinstance(v, torch.Tensor): v = v.tolist()
+    if isinstance(v, float): return float(f'{v:.{digits}g}')
+    if isinstance(v, dict): return {k: rounded(x, digits) for k, x in v.items()}
+    return [rounded(x, digits) for x in v] if isinstance(v, (list, tuple)) else v
+
+# %% ../nbs/13b_aging.ipynb #4f3b48fc
+def packed(
+    rows # dicts with the same keys
+) -> dict: # key -> list
+    "Rows as columns, with five digits"
+    rows = list(rows)
+    if any(r.keys() != rows[0].keys() for r in rows): raise ValueError('rows: their keys differ, takes rows of one kind')
+    return {k: rounded([r[k] for r in rows]) for k in rows[0]} if rows else {}
+
+def unpacked(
+    columns # key -> list, as `packed` gave them
+) -> Table:
+    "Columns as rows"
+    return Table(dict(zip(columns, v, strict=True)) for v in zip(*columns.values(), strict=True))
+
+# %% ../nbs/13b_aging.ipynb #2f4f7430
 def _ranks(v): # (n,) -> (n,), from 0, ties share their mean
     _, at, count = torch.unique(v, return_inverse=True, return_counts=True)
     end = count.cumsum(0).double()
@@ -183,7 +209,7 @@ def spearman(
     a, b = a - a.mean(), b - b.mean()
     return ((a*b).sum()/((a*a).sum()*(b*b).sum()).sqrt()).item()
 
-# %% ../nbs/13b_aging.ipynb #31fc3ca4
+# %% ../nbs/13b_aging.ipynb #f4f47d60
 def _strata(v, groups): # ranks within each group, scaled to its size
     out = torch.empty_like(v)
     for g in groups.unique():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tl', 'ENGINES', 'SparseImages', 'OnlineMLPs', 'shuffle', 'population', 'learn_online', 'engines_differ']
 
-# %% ../nbs/13c_online.ipynb #54510857
+# %% ../nbs/13c_online.ipynb #2256f442
 import math
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from .models import MLP
 from .population import Population
 from .results import did_you_mean, generator
 
-# %% ../nbs/13c_online.ipynb #f67be1e2
+# %% ../nbs/13c_online.ipynb #67426f24
 class SparseImages:
     "Byte images as lists of the positions that are not zero"
     def __init__(self,
@@ -44,7 +44,7 @@ class SparseImages:
         out = torch.zeros(*at.shape, self.inputs, device=self.value.device)
         return out.scatter_add_(-1, self.index[at].long(), self.value[at].float()/255)
 
-# %% ../nbs/13c_online.ipynb #862ac649
+# %% ../nbs/13c_online.ipynb #4be751bf
 class OnlineMLPs:
     """Networks with three hidden layers of ReLU units and a step size each, for SGD with batch size one.
     Source: Dohare et al. 2024, Nature 632, online permuted MNIST"""
@@ -75,7 +75,7 @@ class OnlineMLPs:
         sizes = '-'.join(map(str, (self.inputs, *[self.width]*3, self.outputs)))
         return f'OnlineMLPs: {len(self)} networks {sizes} on {self.w1.device}'
 
-# %% ../nbs/13c_online.ipynb #ccf2335d
+# %% ../nbs/13c_online.ipynb #3170d267
 def shuffle(self,
     task:int # which, of the seeds' own permutations
 ):
@@ -97,7 +97,7 @@ def population(self,
 
 OnlineMLPs.shuffle, OnlineMLPs.population = shuffle, population
 
-# %% ../nbs/13c_online.ipynb #bbe1e9a8
+# %% ../nbs/13c_online.ipynb #4d3ec690
 def _plain(s, images, order):
     "Examples one after another, in PyTorch: hits and summed loss of each network"
     hits, loss = torch.zeros_like(s.lr), torch.zeros_like(s.lr)
@@ -118,7 +118,7 @@ def _plain(s, images, order):
         for b, d in ((s.c, g), (s.b3, d3), (s.b2, d2), (s.b1, d1)): b -= d
     return hits, loss
 
-# %% ../nbs/13c_online.ipynb #f2ec905d
+# %% ../nbs/13c_online.ipynb #db1bd9f3
 tl = SimpleNamespace(constexpr='constexpr')  # stands for triton.language until that is imported
 
 def _forward(w2, b2, w3, b3, v, c, h1, out):
@@ -140,7 +140,7 @@ def _pixels(INDEX, VALUE, base, u, live, k, n, U: tl.constexpr):
     p, x = tl.load(INDEX + k, mask=on, other=0).to(tl.int32), tl.load(VALUE + k, mask=on, other=0).to(tl.float32)*0.00392156862745098
     return x, base + p[:, None]*U + u[None, :], on[:, None] & live[None, :]
 
-# %% ../nbs/13c_online.ipynb #384f83d0
+# %% ../nbs/13c_online.ipynb #79684cf6
 def _online(INDEX, VALUE, COUNT, ORDER, LABEL, STREAM, W1, B1, W2, B2, W3, B3, V, C, LR, HITS, LOSS, T, M,
             I: tl.constexpr, U: tl.constexpr, O: tl.constexpr, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
     "All examples of a stretch for network number `program_id`"
@@ -186,7 +186,7 @@ def _online(INDEX, VALUE, COUNT, ORDER, LABEL, STREAM, W1, B1, W2, B2, W3, B3, V
     tl.store(HITS + i, hits)
     tl.store(LOSS + i, loss)
 
-# %% ../nbs/13c_online.ipynb #092347ad
+# %% ../nbs/13c_online.ipynb #5c3ea992
 _PIXELS = _FORWARD = _BACKWARD = _ONLINE = None
 
 def _kernel():
@@ -211,7 +211,7 @@ def _fused(s, images, order, stream, warps=8, chunk=64):
     _kernel()[(len(s),)](*data, *weights, s.lr, hits, loss, *sizes, num_warps=warps)
     return hits, loss
 
-# %% ../nbs/13c_online.ipynb #4644ff6e
+# %% ../nbs/13c_online.ipynb #62aaaabc
 ENGINES = 'torch', 'triton'
 
 def learn_online(
@@ -220,7 +220,8 @@ def learn_online(
     order, # numbers of the examples (orders, steps), int32
     stream=None, # which order each network follows (networks,); its own number if None
     engine:str='auto', # 'torch', 'triton', or 'auto': triton on CUDA
-    warps:int=8 # of 32 threads, for each network's program
+    warps:int=8, # of 32 threads, for each network's program
+    chunk:int=64 # pixels at a time, a power of two
 ) -> tuple: # online accuracy, mean loss, each (networks,)
     "One step for each example, one after another"
     if engine == 'auto': engine = 'triton' if nets.w1.is_cuda else 'torch'
@@ -231,10 +232,10 @@ def learn_online(
     if len(stream) != len(nets) or int(stream.max()) >= len(order):
         raise ValueError(f'stream: got {len(stream)} numbers up to {int(stream.max())}, takes one of {len(order)} orders for each of '
                          f'{len(nets)} networks')
-    hits, loss = _fused(nets, images, order, stream, warps) if engine == 'triton' else _plain(nets, images, order[stream.long()])
+    hits, loss = _fused(nets, images, order, stream, warps, chunk) if engine == 'triton' else _plain(nets, images, order[stream.long()])
     return hits/order.shape[1], loss/order.shape[1]
 
-# %% ../nbs/13c_online.ipynb #24020bb1
+# %% ../nbs/13c_online.ipynb #c8268dd5
 def engines_differ(
     images:SparseImages,
     width:int=100, # of the networks

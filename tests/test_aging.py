@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from plasticity.aging import Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, spearman
+from plasticity.aging import Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, packed, rounded, spearman, unpacked
 from plasticity.member_optimizers import MemberAdam, MemberSGD
 from plasticity.metrics import dead_fraction, duplicate_fraction, effective_rank, rank_at, report
 from plasticity.models import make_model
@@ -138,3 +138,10 @@ def test_runs_are_drawn_whole():
 def test_rows_of_an_age():
     rows = age_rows(3, dict(dead=torch.tensor([.1, .2])), torch.tensor([.5, .6]), torch.tensor([.7, .6]), ['a', 'b'])
     assert [r['arm'] for r in rows] == ['a', 'b'] and rows[0]['gap'] == pytest.approx(-.2) and rows[1]['dead'] == pytest.approx(.2)
+
+def test_rows_survive_packing():
+    rows = [dict(run=i, arm='a', dead=i/3, on=True) for i in range(3)]
+    back = unpacked(packed(rows))
+    assert [r['run'] for r in back] == [0, 1, 2] and back[1]['dead'] == pytest.approx(1/3, abs=1e-5) and back[0]['on'] is True
+    assert rounded(torch.tensor([[1/3]]), 2) == [[.33]] and rounded(dict(a=(1, None))) == dict(a=[1, None]) and math.isnan(rounded(math.nan))
+    with pytest.raises(ValueError, match='keys differ'): packed([dict(a=1), dict(b=1)])
