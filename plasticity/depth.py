@@ -230,17 +230,24 @@ def _swap(surgeon, box, children):
     def back(): box._modules.clear(); box._modules.update(old)
     surgeon.journal.append(back); box._modules.clear(); box._modules.update(children)
 
+def _near(name, near):
+    "The neighbour whose optimizer group a new parameter joins: of the same name, else of the same kind, else the last"
+    leaf, p = name[0].rpartition('.')[2], name[1]
+    for fits in (lambda n, q: n.rpartition('.')[2] == leaf, lambda n, q: q.dim() == p.dim(), lambda n, q: True):
+        if found := [q for n, q in near if fits(n, q)]: return found[-1]
+
 def _join(surgeon, new, near):
     "Put new parameters into the optimizer groups of their neighbours"
-    for p_name, p in new.named_parameters():
-        same = [q for n, q in near if n.rpartition('.')[2] == p_name.rpartition('.')[2]] or [q for _,
-                                                                                             q in near if q.dim() == p.dim()] or [q for _,
-                                                                                                                                  q in near]
-        for group in (g for o in surgeon.optimizers for g in o.param_groups):
-            if same and any(q is same[-1] for q in group['params']):
-                old = list(group['params'])
-                def back(group=group, old=old): group['params'][:] = old
-                surgeon.journal.append(back); group['params'].append(p)
+    for named in new.named_parameters():
+        p, like = named[1], _near(named, near)
+        for o, group in [(o, g) for o in surgeon.optimizers for g in o.param_groups]:
+            if all(q is not like for q in group['params']): continue
+            old = list(group['params'])
+            def back(o=o, group=group, old=old, p=p): group['params'][:] = old; o.state.pop(p, None)
+            surgeon.journal.append(back); group['params'].append(p)
+            if isinstance(o, torch.optim.Adagrad): # the one that makes its states at birth
+                start = o.defaults['initial_accumulator_value']
+                o.state[p] = type(o)([{**group, 'params': [p]}], initial_accumulator_value=start).state[p]
 
 # %% ../nbs/07f_depth.ipynb #6ccf6384
 @operation

@@ -123,3 +123,13 @@ def test_silence_leaves_what_it_cannot_silence():
     block = nn.Sequential(nn.Linear(4, 4), nn.Tanh()); before = [p.clone() for p in block.parameters()]
     assert not silence(block, [((torch.randn(3, 4),), {})])
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), before, strict=True))
+
+def test_a_layer_inserted_under_an_optimizer_that_makes_states_at_birth():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)); x = torch.randn(5, 3)
+    opt = torch.optim.Adagrad(net.parameters(), initial_accumulator_value=.3); net(x).sum().backward(); opt.step()
+    with edit(net, opt, x) as e: e.deepen('1')
+    new = [p for n, p in net.named_parameters() if n.startswith('2.')]
+    assert len(new) == 4 and all(torch.equal(opt.state[p]['sum'], torch.full_like(p, .3)) for p in new)
+    net(x).sum().backward(); opt.step()
+    replay(net, e.record.inverse(), opt)
+    assert len(opt.state) == 4 and not any(p in opt.state for p in new)

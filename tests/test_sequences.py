@@ -125,6 +125,7 @@ def twin(net, opt):
     names = {id(p): n for n, p in net.named_parameters()}
     fresh = copy.deepcopy(net).double(); own = dict(fresh.named_parameters())
     o = type(opt)([{**g, 'params': [own[names[id(p)]] for p in g['params']]} for g in opt.param_groups])
+    o.state.clear() # some make states at birth
     for n, p in net.named_parameters():
         if p in opt.state: o.state[own[n]] = {k: v.double() if isinstance(v, torch.Tensor) and v.dim() else copy.deepcopy(v) for k, v
                                               in opt.state[p].items()}

@@ -183,6 +183,15 @@ def test_wrong_arguments():
     with pytest.raises(KeyError, match='9.weight'): Surgeon(pair()).slots('9.weight')
     assert find(pair(), '9.weight') is None
 
+def test_optimizers_and_followers_of_another_model_are_named():
+    net, other = pair(), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.raises(ValueError, match='holds none of the parameters'): Surgeon(net, torch.optim.Adam(other.parameters()))
+    Surgeon(net, [torch.optim.Adam(other.parameters()), torch.optim.SGD([net[0].bias])])
+    with pytest.raises(TypeError, match='LBFGS'): Surgeon(net, torch.optim.LBFGS(net.parameters()))
+    for follower in (other, swa_utils.AveragedModel(other)):
+        with pytest.raises(ValueError, match=r"'0.weight' has shape \(3, 4\) here and \(5, 4\) there"): Surgeon(net, None, [follower])
+    with pytest.raises(ValueError, match='no such parameter'): Surgeon(net, None, nn.Linear(4, 3))
+
 @pytest.mark.parametrize('m,names', [
     (nn.Conv2d(6, 4, 3), 'in_channels out_channels'), (nn.ConvTranspose2d(6, 4, 3, groups=2),
                                                        'in_channels out_channels'), (nn.BatchNorm2d(3), 'num_features'),
