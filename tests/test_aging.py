@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from plasticity.aging import Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, packed, rounded, spearman, unpacked
+from plasticity.aging import (Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, packed, rounded,
+                              spearman, unpacked)
 from plasticity.member_optimizers import MemberAdam, MemberSGD
 from plasticity.metrics import dead_fraction, duplicate_fraction, effective_rank, rank_at, report
 from plasticity.models import make_model
@@ -143,5 +144,6 @@ def test_rows_survive_packing():
     rows = [dict(run=i, arm='a', dead=i/3, on=True) for i in range(3)]
     back = unpacked(packed(rows))
     assert [r['run'] for r in back] == [0, 1, 2] and back[1]['dead'] == pytest.approx(1/3, abs=1e-5) and back[0]['on'] is True
-    assert rounded(torch.tensor([[1/3]]), 2) == [[.33]] and rounded(dict(a=(1, None))) == dict(a=[1, None]) and math.isnan(rounded(math.nan))
+    assert rounded(torch.tensor([[1/3]]), 2) == [[.33]] and rounded(dict(a=(1, None))) == dict(a=[1, None])
+    assert math.isnan(rounded(math.nan))
     with pytest.raises(ValueError, match='keys differ'): packed([dict(a=1), dict(b=1)])
