@@ -240,7 +240,7 @@ def _join(surgeon, new, near):
     "Put new parameters into the optimizer groups of their neighbours"
     for named in new.named_parameters():
         p, like = named[1], _near(named, near)
-        for o, group in [(o, g) for o in surgeon.optimizers for g in o.param_groups]:
+        for o, group in [(opt, g) for opt in surgeon.optimizers for g in opt.param_groups]:
             if all(q is not like for q in group['params']): continue
             old = list(group['params'])
             def back(o=o, group=group, old=old, p=p): group['params'][:] = old; o.state.pop(p, None)
