@@ -162,3 +162,23 @@ def test_thresholds_reach_the_metrics(tmp_path):
 
 def test_read_run_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='not a run'): ex.read_run(tmp_path)
+
+def test_no_words_is_the_continual_run(tmp_path, monkeypatch, capsys):
+    "Fewer tasks, else what `plasticity` does: the folder's files, and the continual curves in the report"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ex.PRESETS, 'permuted-digits', ex.PRESETS['permuted-digits'] | dict(task=dict(name='default', tasks=3),
+                                                                                            logging=dict(name='default', progress=False)))
+    monkeypatch.setattr(sys, 'argv', ['plasticity'])
+    ex.main()
+    folder = next((tmp_path/'outputs').iterdir())
+    assert {p.name for p in folder.iterdir() if p.suffix != '.safetensors'} == {'config.json', 'metrics.jsonl', 'checkpoint.json',
+                                                                                'report.html', 'tasks.json'}
+    page = (folder/'report.html').read_text()
+    assert page.count('src="data:image/') == 6 and 'Task by task' in page and 'What became of each task' in page
+    assert len(json.loads((folder/'tasks.json').read_text())['tasks']) == 3 and 'report.html' in capsys.readouterr().out
+
+@pytest.mark.parametrize('words', [('policy=redo', 'policy.every=3', 'policy.threshold=.5'), ('policy=head_reset', 'training=continual'),
+                                   ('policy=continual_backprop', 'policy.rate=.01', 'policy.maturity=1'), ('optimizer=upgd',)])
+def test_remedies_are_policies(words, tmp_path):
+    config = ex.read_run(run(*words, folder=tmp_path/'r'))[0]
+    assert config[words[0].partition('=')[0]]['name'] == words[0].partition('=')[2]
