@@ -8,7 +8,7 @@ __all__ = ['UTILITIES', 'REMEDIES', 'unit_utility', 'owed', 'ContinualBackprop',
            'HareTortoise', 'HeadReset', 'SelfNormalizedResets', 'UPGD', 'CReLU', 'called', 'concat_relu', 'Switch',
            'switch_norm', 'make_remedy']
 
-# %% ../nbs/12_remedies.ipynb #73a4ad80
+# %% ../nbs/12_remedies.ipynb #54310907
 import math
 
 import torch
@@ -21,7 +21,7 @@ from .surgery import MOMENTS
 from .tensors import find
 from .training import OPTIMIZERS, Callback
 
-# %% ../nbs/12_remedies.ipynb #203deb1c
+# %% ../nbs/12_remedies.ipynb #6b961a57
 UTILITIES = ('contribution', 'adaptable')
 
 def unit_utility(
@@ -40,7 +40,7 @@ def owed(
     "Replacements that are due: they add up to rate x units x steps"
     return (rate*exposed*(1 + 1e-6)).floor().long() - replaced  # a rate in float32 counts like its decimal
 
-# %% ../nbs/12_remedies.ipynb #fc0b7550
+# %% ../nbs/12_remedies.ipynb #b23e851c
 class ContinualBackprop(UnitRemedy):
     """Replace the least useful mature units, a small share of them at each step.
     Source: Dohare et al. 2024, Nature 632, algorithm 1; `utility='adaptable'` as in the authors' code"""
@@ -100,7 +100,7 @@ class ContinualBackprop(UnitRemedy):
         left = (state['replaced'].item() + 1)/(rate*(1 + 1e-6)) - state['exposed'].item()
         return math.floor(left/(s.n*self.every))
 
-# %% ../nbs/12_remedies.ipynb #100befc5
+# %% ../nbs/12_remedies.ipynb #8da83971
 @method(UnitRemedy)
 def outgoing(self, s): # (members, units)
     "Sum of |weights| by which each unit is read"
@@ -118,7 +118,7 @@ def incoming(self, s): # (members, units)
     w = self.get(t).movedim(d + 1, 1)
     return w.abs().flatten(2).mean(2)[:, pos].mean(2)
 
-# %% ../nbs/12_remedies.ipynb #a3205ec9
+# %% ../nbs/12_remedies.ipynb #8a9825b2
 class ReDo(UnitRemedy):
     """Recycle dormant units: those whose mean size is at most `threshold` of their layer's mean.
     Source: Sokar et al. 2023, arXiv 2302.12902, definition 3.1 and algorithm 1"""
@@ -158,7 +158,7 @@ class ReDo(UnitRemedy):
             self.replace(s, every, due, self.state[s.name]['replaced'][:, None] + every)
             self.state[s.name]['exposed'] += s.n
 
-# %% ../nbs/12_remedies.ipynb #b9664ca8
+# %% ../nbs/12_remedies.ipynb #1770dc40
 class ShrinkPerturb(Remedy):
     """Shrink all weights a little and add noise.
     Source: Ash & Adams 2020, arXiv 1910.08475, section 4; at every step as in Dohare et al. 2024"""
@@ -187,14 +187,13 @@ class ShrinkPerturb(Remedy):
     def act(self):
         "Shrink and perturb once"
         if not self.m: return
-        for j, (name, p) in enumerate(self.net.named_parameters()):
-            if not p.requires_grad: continue
-            v = self.get(name)
-            z = hashed_normal(self.keys, self.acts*4096 + j, v.shape[1:])
-            v.mul_(wide(self.each_shrink.to(v.dtype), v.ndim)).add_(z.mul_(wide(self.each_noise.float(), v.ndim)))
+        parts = [self.get(k) for k, p in self.net.named_parameters() if p.requires_grad]
+        sizes = [v[0].numel() for v in parts]
+        for v, z in zip(parts, hashed_normal(self.keys, self.acts, (sum(sizes),)).split(sizes, 1), strict=True):
+            v.mul_(wide(self.each_shrink.to(v.dtype), v.ndim)).add_((z*self.each_noise.float()[:, None]).view(v.shape).to(v.dtype))
         self.acts += 1
 
-# %% ../nbs/12_remedies.ipynb #5c4c7225
+# %% ../nbs/12_remedies.ipynb #7efedb4f
 def setting(name, value, n, factor=1.):
     "A strength as `MemberOptimizer` takes it: a number, or float64 (members,)"
     v = per_member(name, value, n)*factor
@@ -222,8 +221,9 @@ class Pull(Callback):
     def set_members(self, optimizer):
         raise ValueError(f'model: got a population; {type(self).__name__} takes one network')
     def start(self, model): "Look at the network before the first step"
+    def after_step(self, trainer=None, steps=1): "All is done inside the step"
 
-# %% ../nbs/12_remedies.ipynb #8bfac50b
+# %% ../nbs/12_remedies.ipynb #ae440826
 class L2Init(Pull):
     """Pull every weight towards where it started: the loss plus strength * |w - w0|^2.
     Source: Kumar et al. 2023, arXiv 2308.11958, section 3"""
@@ -252,7 +252,7 @@ class L2Init(Pull):
     def state_dict(self): return dict(home=self.home)
     def load_state_dict(self, state): self.home = state['home']
 
-# %% ../nbs/12_remedies.ipynb #aef285a0
+# %% ../nbs/12_remedies.ipynb #b032bdc8
 class WeightDecay(Pull):
     """Pull every weight towards zero: by a factor 1 - lr * strength, or by the gradient of strength/2 * |w|^2.
     Source: Krogh & Hertz 1991; decoupled: Loshchilov & Hutter 2019, arXiv 1711.05101, eq. 5"""
@@ -277,7 +277,7 @@ class WeightDecay(Pull):
             g['weight_decay'] = setting('strength', self.strength, optimizer.n)
             if self.decoupled: g['decoupled'] = True
 
-# %% ../nbs/12_remedies.ipynb #38d355a9
+# %% ../nbs/12_remedies.ipynb #8af14120
 def plain_layers(net): # [(weight name, bias name or None)]
     "The linear and convolution layers of a network"
     kinds = nn.Linear, nn.modules.conv._ConvNd
@@ -320,7 +320,7 @@ class SpectralRegularization(Pull):
     def state_dict(self): return dict(vectors=self.vectors)
     def load_state_dict(self, state): self.vectors = state['vectors']
 
-# %% ../nbs/12_remedies.ipynb #92ad4dad
+# %% ../nbs/12_remedies.ipynb #d8cc769b
 class WeightClip(Remedy):
     """Keep every weight within `bound` times the limit of the uniform distribution it was drawn from.
     Source: Elsayed et al. 2024, arXiv 2407.01704, algorithm 1"""
@@ -356,7 +356,7 @@ class WeightClip(Remedy):
     def state_dict(self): return dict(limits=self.held)
     def load_state_dict(self, state): self.held = state['limits']
 
-# %% ../nbs/12_remedies.ipynb #a6b18f71
+# %% ../nbs/12_remedies.ipynb #debbdeee
 class HareTortoise(Remedy):
     """Two sets of weights: the hare learns, the tortoise is its slow average, and now and then the hare goes back to the tortoise.
     Source: Lee et al. 2024, arXiv 2406.02596, section 4"""
@@ -387,7 +387,7 @@ class HareTortoise(Remedy):
     def state_dict(self): return dict(tortoise=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['tortoise'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #ce4e6a67
+# %% ../nbs/12_remedies.ipynb #c1b18e47
 class HeadReset(Remedy):
     """Start the last layer afresh now and then, with its moments at zero.
     Source: Nikishin et al. 2022, arXiv 2205.07802, section 4 (their networks' last layers)"""
@@ -424,7 +424,7 @@ class HeadReset(Remedy):
     def state_dict(self): return dict(held=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['held'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #303acb7c
+# %% ../nbs/12_remedies.ipynb #1826a1eb
 class SelfNormalizedResets(UnitRemedy):
     """Replace a unit that is silent for longer than its record explains: (1 - p)^silent <= `level`, p how often it fires.
     Source: Farias & Jozefiak 2024, arXiv 2410.20098, algorithm 1"""
@@ -468,7 +468,7 @@ class SelfNormalizedResets(UnitRemedy):
             due = (state['silent'] >= self.least) & (rare | (state['silent'] >= self.most))
             self.replace(s, units, due, state['replaced'][:, None] + units)
 
-# %% ../nbs/12_remedies.ipynb #de3af4cb
+# %% ../nbs/12_remedies.ipynb #ed0b78bc
 class UPGD(torch.optim.Optimizer):
     """Steps and noise that spare useful weights: w - lr * (g + noise) * (1 - sigmoid(u / max u)), u the running mean of -g * w.
     Source: Elsayed & Mahmood 2024, arXiv 2404.00781, algorithm 1 (first order, global)"""
@@ -502,7 +502,7 @@ class UPGD(torch.optim.Optimizer):
 OPTIMIZERS['upgd'] = UPGD
 MOMENTS['UPGD'] = dict(utility=(1, 'zero'))
 
-# %% ../nbs/12_remedies.ipynb #a1055473
+# %% ../nbs/12_remedies.ipynb #1c5d8c65
 class CReLU(nn.Module):
     """Both signs of what comes in: relu(x) and relu(-x), one after the other along the units.
     Source: Shang et al. 2016, arXiv 1603.05201; for plasticity: Abbas et al. 2023, arXiv 2303.07507"""
@@ -512,7 +512,7 @@ class CReLU(nn.Module):
     def forward(self, x): return torch.cat([x.relu(), (-x).relu()], self.dim)
     def extra_repr(self): return f'dim={self.dim}'
 
-# %% ../nbs/12_remedies.ipynb #fe575dd3
+# %% ../nbs/12_remedies.ipynb #5b5c9677
 def called(model, examples):
     "Names of the modules without parts, in the order in which they run"
     names, order = {m: k for k, m in model.named_modules()}, []
@@ -548,7 +548,7 @@ def concat_relu(
     with torch.no_grad(): model(examples)
     return model.train()
 
-# %% ../nbs/12_remedies.ipynb #27981d79
+# %% ../nbs/12_remedies.ipynb #17b5918f
 class Switch(nn.Module):
     "A module that a member of a population can have or not"
     def __init__(self,
@@ -571,7 +571,7 @@ def switch_norm(
     for k in names: model.set_submodule(k, Switch(model.get_submodule(k), on))
     return model
 
-# %% ../nbs/12_remedies.ipynb #93803505
+# %% ../nbs/12_remedies.ipynb #afc14f22
 REMEDIES = dict(continual_backprop=ContinualBackprop, redo=ReDo, l2_init=L2Init, shrink_perturb=ShrinkPerturb, weight_decay=WeightDecay,
                 weight_clip=WeightClip, spectral=SpectralRegularization, snr=SelfNormalizedResets, hare_tortoise=HareTortoise,
                 head_reset=HeadReset)

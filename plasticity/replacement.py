@@ -7,7 +7,7 @@ __all__ = ['why_not', 'Site', 'sites', 'Replace', 'per_member', 'span', 'Remedy'
            'UnitRemedy', 'start', 'state_dict', 'load_state_dict', 'rows', 'watching', 'look', 'seen', 'fresh', 'wide',
            'replace', 'edit', 'put', 'forget']
 
-# %% ../nbs/11b_replacement.ipynb #8c5f805e
+# %% ../nbs/11b_replacement.ipynb #72222c6a
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from .tensors import find, owner
 from .training import Callback
 from .units import units
 
-# %% ../nbs/11b_replacement.ipynb #2d43e0fa
+# %% ../nbs/11b_replacement.ipynb #112a7fe2
 def why_not(
     g, # a group of `plasticity.units`
     model # the model
@@ -35,7 +35,7 @@ def why_not(
     makers = [t for t, d in g.maps if (t, d) not in g.consumers and find(model, t).dim() > 1]
     return '' if len(makers) == 1 else f'{len(makers)} layers make them together (a residual stream)'
 
-# %% ../nbs/11b_replacement.ipynb #ad39845c
+# %% ../nbs/11b_replacement.ipynb #b114353c
 class Site:
     "Where the units of a group are made, and where they are read"
     def __init__(self, group, model, device):
@@ -66,7 +66,7 @@ def sites(
         raise ValueError(f"model: no units of this {type(model).__name__} can be replaced: {'; '.join(map(say, chosen)) or 'it has none'}")
     return out
 
-# %% ../nbs/11b_replacement.ipynb #3af9c4cb
+# %% ../nbs/11b_replacement.ipynb #9486fad2
 @dataclass(frozen=True)
 class Replace(Reset):
     "A `Reset` with the fresh incoming weights given"
@@ -85,7 +85,7 @@ class Replace(Reset):
                 s.run(dict(op='fresh', tensor=t, dim=d, at=pos, rule=self.moments))
         return Plan(plan.names, run, {}, plan.promise)
 
-# %% ../nbs/11b_replacement.ipynb #0539b60a
+# %% ../nbs/11b_replacement.ipynb #f4f01a6a
 def per_member(
     name, # of the setting
     value, # a number, or one for each member
@@ -101,7 +101,7 @@ def span(on): # (members,) bool
     at = on.nonzero()[:, 0].tolist()
     return slice(at[0], at[-1] + 1) if at else slice(0, 0)
 
-# %% ../nbs/11b_replacement.ipynb #e6d9927f
+# %% ../nbs/11b_replacement.ipynb #582e619e
 class Remedy(Callback):
     "Acts on weights every so many steps, of a network alone or of the members of a population"
     order = 20
@@ -132,7 +132,7 @@ class Remedy(Callback):
     def start(self, device): "Begin, or go on with what a checkpoint held"
     def tensors(self): "name -> tensors that a step changes"; return {}
 
-# %% ../nbs/11b_replacement.ipynb #edc2fab1
+# %% ../nbs/11b_replacement.ipynb #488ff12c
 @method(Remedy)
 def attach(self,
     model, # a network or a `Population`
@@ -186,7 +186,7 @@ def get(self, name):
     t = find(self.net, name).data
     return t[self.part] if self.members else t[None]
 
-# %% ../nbs/11b_replacement.ipynb #a2017291
+# %% ../nbs/11b_replacement.ipynb #610d903d
 class UnitRemedy(Remedy):
     "Watches units through their readers, and replaces them; a subclass decides which, and when"
     kept = ()
@@ -214,7 +214,7 @@ class UnitRemedy(Remedy):
         if self.sites: self.held = [self.spread, self.first, self.state]
         self.hooks, self.wait = [], 0
 
-# %% ../nbs/11b_replacement.ipynb #2857fc63
+# %% ../nbs/11b_replacement.ipynb #499281de
 @method(UnitRemedy)
 def start(self, device):
     "Find the units; what fresh ones are drawn like, and the counters: new, or those of a checkpoint"
@@ -246,7 +246,7 @@ def state_dict(self):
 def load_state_dict(self, state):
     if state: self.held, self.count, self.log = state['held'], state['count'], Table(state['log'], 20)
 
-# %% ../nbs/11b_replacement.ipynb #e2a14013
+# %% ../nbs/11b_replacement.ipynb #c29922d6
 def rows(x, module): # what a reader takes in -> (rows, features)
     "One row for each sample and position"
     return x.flatten(0, -2) if isinstance(module, nn.Linear) else x.movedim(1, -1).flatten(0, -2)
@@ -277,7 +277,7 @@ def seen(self, site):
     if self.members: h = h[self.part]
     return h if site.plain else h[..., site.reads[site.reader]].mean(-1)
 
-# %% ../nbs/11b_replacement.ipynb #51a8d32f
+# %% ../nbs/11b_replacement.ipynb #7e65b7ad
 @method(UnitRemedy)
 def fresh(self, site, idx, counter): # units (members, slots), a number for each draw
     "Fresh tensors of these units: weights as spread as they were at the start, vectors as they were at the start"
@@ -304,7 +304,7 @@ def replace(self, site, idx, due, counter, mean=None):
     for k in self.kept: state[k].scatter_(1, idx, torch.where(due, 0., state[k].gather(1, idx)))
     state['replaced'] += due.sum(1)
 
-# %% ../nbs/11b_replacement.ipynb #5ea1ffaf
+# %% ../nbs/11b_replacement.ipynb #4085156f
 @method(UnitRemedy)
 def edit(self, site, idx, due, fresh, mean):
     "Replace units of a network alone: one `Replace` edit, untried, for no shape changes"
@@ -315,7 +315,7 @@ def edit(self, site, idx, due, fresh, mean):
     self.record = do.apply(self.model, self.optimizer, self.examples, check=False)
     self.log.append(dict(step=self.count, group=site.name, units=gone))
 
-# %% ../nbs/11b_replacement.ipynb #d6d37cfb
+# %% ../nbs/11b_replacement.ipynb #9e91d85d
 @method(UnitRemedy)
 def put(self, site, idx, due, fresh, mean):
     "The same for members, each with its own units and its own `due`"
