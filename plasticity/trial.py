@@ -18,7 +18,7 @@ from torch import nn
 
 from .results import generator, method
 from .surgery import Surgeon
-from .units import HardCodedShape, Indivisible, NotPreserved, parts
+from .units import HardCodedShape, Indivisible, NotPreserved, parts, silent
 
 # %% ../nbs/07d_trial.ipynb #670d01ee
 def as_examples(
@@ -141,7 +141,10 @@ def quiet(
         if 'torch._dynamo' in sys.modules: stack.enter_context(torch.compiler.set_stance('force_eager')) # else nothing is compiled
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for m in mods: m.training = branches and any(c is not None for c in m._modules.values())
+        for m in mods:
+            m.training = branches and any(c is not None for c in m._modules.values())
+            for k in ('_forward_hooks', '_forward_pre_hooks'): # put back with the other attributes
+                if m.__dict__.get(k): m.__dict__[k] = silent(m.__dict__[k])
         yield model
 
 # %% ../nbs/07d_trial.ipynb #32a53bd5
@@ -425,5 +428,8 @@ def refuse(self, wrong, names, sizes, error):
                            'tied together in a way that the trace did not see; nothing was changed')
     where = f'{type(wrong).__name__}: {wrong}'
     if 'divisible' in str(wrong): raise Indivisible(f'{at}: sizes {changed} do not divide as the model needs: {where}') from wrong
+    if not sizes:
+        raise HardCodedShape(f'{at}: after the edit the model raised {where}. Its code does more with the module than call it (it reads '
+                             'an attribute such as .weight): edit it at a module that is only called') from wrong
     raise HardCodedShape(f'{at}: with sizes {changed} the model raised {where}. A number in its code still holds an old size: '
                          'take it from a tensor\'s shape, or keep it in an attribute of the module') from wrong

@@ -283,6 +283,35 @@ def test_memory_is_given_back():
     del net, o, e; gc.collect()
     assert all(r() is None for r in keep) and old is None
 
+def test_observers_do_not_see_the_trial():
+    net, o, x = made('cnn'); seen = dict(observer=0, hook=0)
+    def observer(m, args, y): seen['observer'] += 1
+    def hook(m, args, y): seen['hook'] += 1
+    observer.observes_only = True
+    handles = [net[0].register_forward_hook(f) for f in (observer, hook)]
+    with edit(net, o, x) as e: e.widen('0', 2); e.deepen('2')
+    with edit(net, o, x, data=(x, torch.zeros(6, 2)), loss=nn.functional.mse_loss) as e: e.widen('3', 1, start='copy')
+    assert seen['observer'] == 0 and seen['hook'] > 0
+    seen['hook'] = 0; out(net, x)
+    assert seen == dict(observer=1, hook=1) and len(net[0]._forward_hooks) == 2
+    for h in handles: h.remove()
+    assert not net[0]._forward_hooks
+
+def test_outputs_are_shared_by_the_edits_of_a_session_and_no_longer():
+    "Each further edit runs the examples once; weights changed in between, or another promise, are noticed"
+    net, _, x = made('mlp'); runs = []
+    net.register_forward_hook(lambda m, args, y: runs.append(1))
+    Widen('0').apply(net, None, x); units(net, x); runs.clear()
+    with edit(net, None, x) as e:
+        e.widen('0', 1); a = len(runs)
+        e.widen('2', 1); b = len(runs)
+        e.prune('0', [0]); c = len(runs)
+        with torch.no_grad(): net[4].weight.mul_(2.)
+        e.widen('0', 1); d = len(runs)
+        net[4].weight.data.mul_(3.) # leaves no trace in the version
+        e.widen('0', 1)
+    assert (a, b - a, c - b, d - c) == (2, 1, 2, 2) and all(r['error'] < 1e-5 for r in e.record.edits)
+
 def test_training_mode_and_buffers_are_left_alone():
     net, o, x = made('cnn'); net.train(); net[1].eval(); seen = net[1].num_batches_tracked.item()
     Widen('0', 1).apply(net, o, x)
