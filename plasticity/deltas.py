@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'SnapshotError', 'nbytes', 'bits', 'tensor', 'checksum', 'squeeze', 'planes', 'inflate', 'numbers',
-           'reordered', 'encode', 'decode', 'aligned', 'parse', 'size_ok', 'Container', 'container']
+           'reordered', 'fresh', 'encode', 'decode', 'aligned', 'parse', 'size_ok', 'Container', 'container']
 
-# %% ../nbs/14s_deltas.ipynb #b8fce07b
+# %% ../nbs/14s_deltas.ipynb #d0eebd36
 import hashlib, json, math, zlib
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from .results import did_you_mean
 
-# %% ../nbs/14s_deltas.ipynb #e19faedf
+# %% ../nbs/14s_deltas.ipynb #c30db176
 class SnapshotError(ValueError):
     "A store of snapshots, or a file in it, is not what it says it is"
 
@@ -31,7 +31,7 @@ def nbytes(
     "How many bytes a tensor takes"
     return math.prod(shape) * DTYPES[dtype].itemsize
 
-# %% ../nbs/14s_deltas.ipynb #94bfc5a2
+# %% ../nbs/14s_deltas.ipynb #598085fe
 def bits(
     t # a dense tensor
 ): # (dtype, shape, its bytes as uint8 (bytes,)); the bytes are those of the tensor where it is contiguous on the CPU
@@ -61,7 +61,7 @@ def checksum(
     h.update(data)
     return h.hexdigest()[:32]
 
-# %% ../nbs/14s_deltas.ipynb #ab762a2f
+# %% ../nbs/14s_deltas.ipynb #d8130bcf
 def _deflated(plane):
     "A plane deflated, or None where a sample says that it is noise"
     n = plane.size
@@ -106,7 +106,7 @@ def inflate(part, n):
     if len(out) != n or (not d.eof and d.decompress(d.unconsumed_tail, 1)): raise SnapshotError('a plane of bytes has another length')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #943b47f5
+# %% ../nbs/14s_deltas.ipynb #18838264
 def numbers(
     v # integers (n,), 0 or more
 ): # uint8 (n, width)
@@ -136,48 +136,67 @@ def reordered(
     a = np.ascontiguousarray(a)
     return a.reshape(-1).view(np.uint8) if a.size else np.empty(0, np.uint8), a.shape
 
-# %% ../nbs/14s_deltas.ipynb #de465c4b
+# %% ../nbs/14s_deltas.ipynb #771b9c5b
 def _order_rows(order):
-    "An order as small numbers: what each position is beside the one before, in zigzag"
-    step = np.diff(order, prepend=-1) - 1
-    return numbers(np.where(step < 0, -2*step - 1, 2*step))
+    "An order as small numbers: 0 for none, else one more than what each position is beyond its predecessor, in zigzag"
+    out = np.zeros(len(order), np.int64)
+    step = np.diff(order[order >= 0], prepend=-1) - 1
+    out[order >= 0] = np.where(step < 0, -2*step - 1, 2*step) + 1
+    return numbers(out)
 
 def _read_order(sizes, n, data, size):
     "The inverse, checked against the old size"
     z = _read_numbers(sizes, n, data).astype(np.int64)
-    order = np.cumsum(np.where(z & 1, -(z + 1)//2, z//2) + 1) - 1
+    order, some = np.full(n, -1, np.int64), z > 0
+    y = z[some] - 1
+    order[some] = np.cumsum(np.where(y & 1, -(y + 1)//2, y//2) + 1) - 1
     if n and not (-1 <= order.min() and order.max() < size): raise SnapshotError('an order points outside its tensor')
     return order
+
+def fresh(
+    shape, # sizes of the new tensor
+    moves:dict # dimension -> old position of each new one, -1 for none
+): # flat mask, None where every entry has come from somewhere
+    "Which entries had no place before"
+    if not any((o < 0).any() for o in moves.values()): return None
+    out = np.zeros(shape, bool)
+    for d, order in moves.items(): out[(slice(None),)*d + (order < 0,)] = True
+    return out.reshape(-1)
 
 def encode(
     new, # (dtype, shape, bytes)
     old=None, # likewise; None: there is nothing to start from
-    moves=None # dimension -> old position of each new one
+    moves=None, # dimension -> old position of each new one
+    orders=None # filled with (bytes, sizes) -> name: tensors that move alike share an order
 ): # (entry for the manifest, bytes); None where nothing changed
     "What has to be stored so that `decode` gives `new` from `old`; bytes None: the tensor as it is"
     whole = dict(c='raw'), None
     if old is None or old[0] != new[0]: return whole
-    entry, parts, (base, shape) = dict(c='delta'), [], (old[2], tuple(old[1]))
-    if moves:
-        base, shape = reordered(base, old[0], shape, moves)
-        entry['moves'] = []
-        for d, order in moves.items():
-            sizes, data = squeeze(_order_rows(order))
-            entry['moves'].append([d, len(order), len(data), sizes]); parts.append(data)
+    moves, width, parts, entry = moves or {}, DTYPES[new[0]].itemsize, [], dict(c='delta')
+    base, shape = reordered(old[2], old[0], tuple(old[1]), moves) if moves else (old[2], tuple(old[1]))
     if shape != tuple(new[1]): return whole
-    width = DTYPES[new[0]].itemsize
-    a, b = base.view(f'<u{width}'), new[2].view(f'<u{width}')
+    a, b, first = base.view(f'<u{width}'), new[2].view(f'<u{width}'), fresh(shape, moves)
+    if first is not None:
+        sizes, data = squeeze(b[first].view(np.uint8).reshape(-1, width))
+        entry['new'] = [len(data), sizes]; parts.append(data)
+        a[first] = b[first]
     at = np.flatnonzero(a != b)
-    if not len(at): return (entry, b''.join(parts)) if moves else None
-    if len(at) <= a.size // 4:
+    if not moves and not len(at): return None
+    if 0 < len(at) <= a.size // 4:
         sizes, data = squeeze(numbers(np.diff(at, prepend=-1) - 1))
         entry['at'] = [len(at), len(data), sizes]; parts.append(data)
         a, b = a[at], b[at]
-    entry['to'], data = squeeze((a ^ b).view(np.uint8).reshape(-1, width))
-    parts.append(data)
-    return (entry, b''.join(parts)) if sum(map(len, parts)) < .98*len(new[2]) else whole
+    if len(at): entry['to'], data = squeeze((a ^ b).view(np.uint8).reshape(-1, width)); parts.append(data)
+    if sum(map(len, parts)) >= .98*len(new[2]) > 0: return whole
+    if moves: entry['moves'] = [[d, len(o), _shared(o, {} if orders is None else orders)] for d, o in moves.items()]
+    return entry, b''.join(parts)
 
-# %% ../nbs/14s_deltas.ipynb #0ff0fec2
+def _shared(order, orders):
+    "The name of an order; it gets one if it has none yet"
+    sizes, data = squeeze(_order_rows(order))
+    return orders.setdefault((data, tuple(sizes)), f'#{len(orders)}')
+
+# %% ../nbs/14s_deltas.ipynb #5ea47211
 def _split(data, n):
     "The first n bytes and the rest"
     if not isinstance(n, int) or not 0 <= n <= len(data): raise SnapshotError('a delta is cut short')
@@ -187,21 +206,24 @@ def decode(
     entry:dict, # of the manifest, 'delta'
     data, # its bytes, a memoryview
     old, # (dtype, shape, bytes); the bytes are changed in place
-    shape # of the result
+    shape, # of the result
+    orders=None # name -> (sizes, bytes)
 ): # (dtype, shape, bytes)
     """The tensor that `encode` was given.
     Raises: SnapshotError where entry, bytes and old tensor do not belong together"""
-    dtype, was, base = old
-    if entry.get('moves'):
-        moves = {}
-        for d, n, size, sizes in entry['moves']:
-            part, data = _split(data, size)
-            if not 0 <= d < len(was) or d in moves or len(shape) != len(was) or n != shape[d]: raise SnapshotError('an order of another size')
-            moves[d] = _read_order(sizes, n, part, was[d])
-        base, was = reordered(base, dtype, was, moves)
+    (dtype, was, base), moves, width = old, {}, DTYPES[old[0]].itemsize
+    for d, n, name in entry.get('moves', ()):
+        if not 0 <= d < len(was) or d in moves or len(shape) != len(was) or n != shape[d]: raise SnapshotError('an order of another size')
+        moves[d] = _read_order(orders[name][0], n, orders[name][1], was[d])
+    if moves: base, was = reordered(base, dtype, was, moves)
     if tuple(was) != tuple(shape): raise SnapshotError(f'a delta of shape {tuple(shape)} starts from {tuple(was)}')
+    if 'new' in entry:
+        part, data = _split(data, entry['new'][0])
+        first, words = fresh(shape, moves), base.view(f'<u{width}')
+        values = np.zeros(int(first.sum()), words.dtype)
+        _flip(values.view(np.uint8), entry['new'][1], width, part)
+        words[first] = values
     if 'to' not in entry: return dtype, tuple(shape), base
-    width = DTYPES[dtype].itemsize
     if len(entry['to']) != width: raise SnapshotError(f'a delta of {len(entry["to"])} bytes for {dtype}')
     if 'at' not in entry: _flip(base, entry['to'], width, data); return dtype, tuple(shape), base
     n, size, sizes = entry['at']
@@ -226,7 +248,7 @@ def _positions(sizes, n, data, size):
     at[1:] += 1
     return np.cumsum(at, dtype=at.dtype)
 
-# %% ../nbs/14s_deltas.ipynb #86979137
+# %% ../nbs/14s_deltas.ipynb #e6141da2
 def _rows(tensors):
     "Each position along dimension 0 of several tensors as one opaque value"
     flat = [np.ascontiguousarray(d.reshape(s[0], -1)) for _, s, d in tensors]
@@ -245,7 +267,7 @@ def aligned(
     seen, times = np.unique(order[order >= 0], return_counts=True)
     return np.where(np.isin(order, seen[times > 1]), -1, order)
 
-# %% ../nbs/14s_deltas.ipynb #2c046613
+# %% ../nbs/14s_deltas.ipynb #c60d2621
 def parse(
     text:bytes, # JSON
     room:int=0 # bytes of memory that may be used beyond 4 MiB
@@ -281,7 +303,7 @@ def _spans(table, room):
     if at != room: raise SnapshotError(f'{room - at} bytes of the file belong to nothing')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #e3c4f9a0
+# %% ../nbs/14s_deltas.ipynb #daf528a5
 class Container:
     "An open safetensors file, checked before anything in it is used"
     def __init__(self,
@@ -316,7 +338,7 @@ class Container:
     def __exit__(self, *args): self.file.close()
     def __repr__(self): return f'Container({self.path.name}, {len(self.table)} tensors, {self.size:,} bytes)'
 
-# %% ../nbs/14s_deltas.ipynb #fc1805e4
+# %% ../nbs/14s_deltas.ipynb #bcaf80ad
 def container(
     tensors:dict, # name -> (dtype, shape, bytes)
     meta:dict # text -> text

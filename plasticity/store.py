@@ -7,9 +7,10 @@ __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'rea
            'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
            'diff']
 
-# %% ../nbs/14u_store.ipynb #4c70c158
-import json, os, re, stat, time, uuid, weakref
+# %% ../nbs/14u_store.ipynb #717a89cd
+import json, os, re, stat, time, uuid, zlib
 from collections import Counter
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .deltas import (DTYPES, Container, SnapshotError, aligned, bits, checksum, container, decode, encode, nbytes, parse, size_ok,
+from .deltas import (DTYPES, Container, SnapshotError, aligned, bits, checksum, container, decode, encode, inflate, nbytes, parse, size_ok,
                                tensor)
 from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #109a7a2b
+# %% ../nbs/14u_store.ipynb #5361eadf
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -68,7 +69,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #13984f29
+# %% ../nbs/14u_store.ipynb #5659886e
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -87,9 +88,9 @@ class Snapshot:
     def __repr__(self): return f'Snapshot({", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.row.items() if k != "time")})'
     def load(self, *args, **options): return self.store.load(self, *args, **options)
     @property
-    def edits(self): return self.store.manifest(self)['edits']
+    def edits(self): return self.store._edits(self.entry)
 
-# %% ../nbs/14u_store.ipynb #362ce5d5
+# %% ../nbs/14u_store.ipynb #5c90c7fa
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -123,7 +124,7 @@ def _entry_ok(e):
             and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id'] and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #a4010aa0
+# %% ../nbs/14u_store.ipynb #352ebbc2
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -187,10 +188,10 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #53beb376
+# %% ../nbs/14u_store.ipynb #f898fe86
 _MAYBE = type(None)
-_FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=list,
-               tensors=dict, gone=list, trees=dict, history=(list, _MAYBE))
+_FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=(int, _MAYBE),
+               tensors=dict, orders=dict, gone=list, trees=dict, history=(list, _MAYBE))
 
 def _manifest(c):
     "The manifest of a container, checked"
@@ -204,6 +205,7 @@ def _manifest(c):
         if k not in m or not isinstance(m[k], kinds): raise SnapshotError(f'{c.path}: its manifest has no {k} that could be')
     if m['base'] is not None and not m['base'] < m['id']: raise SnapshotError(f'{c.path}: is based on a later snapshot')
     for n, e in m['tensors'].items(): _tensor_ok(c, n, e)
+    if any(not isinstance(n, str) or n in m['tensors'] for n in m['gone']): raise SnapshotError(f'{c.path}: says that a tensor is gone and there')
     return m
 
 def _tensor_ok(c, name, e):
@@ -216,13 +218,37 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #f1858e34
+# %% ../nbs/14u_store.ipynb #c3212c18
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
 ) -> dict:
     "The plain data of a snapshot's file. Raises: SnapshotError where it is not the one that the index knows"
     with self._container(snapshot.entry) as c: return _manifest(c)
+
+@method(SnapshotStore)
+def _edits(self, e):
+    "What was done since the snapshot before: the records' edits, with shapes before and after"
+    with self._container(e) as c:
+        n = _manifest(c)['edits']
+        if n is None: return []
+        if '#edits' not in c.table or not 0 < n <= 2*c.size + 2**20: raise SnapshotError(f'{c.path}: its edits are not what they are said to be')
+        data = c.read('#edits').tobytes()
+        try: return parse(inflate(data, n) if n != len(data) else data, 2*c.size)
+        except SnapshotError as err: raise SnapshotError(f'{c.path}: its edits: {err}') from None
+
+def _finite(v):
+    "Plain data without NaN and infinity"
+    if isinstance(v, dict): return {k: _finite(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_finite(x) for x in v]
+    return None if isinstance(v, float) and not np.isfinite(v) else v
+
+def _noted(edits, size):
+    "(length of the text, piece) of edits: deflated, unless it is a bomb"
+    text = json.dumps(_finite(edits), separators=(',', ':'), allow_nan=False).encode()
+    data = zlib.compress(text, 6)
+    if len(data) >= len(text) or len(text) > 2*size + 2**20: data = text
+    return len(text), ('U8', (len(data),), np.frombuffer(data, np.uint8))
 
 @method(SnapshotStore)
 def _container(self, e):
@@ -232,7 +258,7 @@ def _container(self, e):
         if c.size != e['bytes']: raise SnapshotError(f"{c.path}: has {c.size} bytes, the index says {e['bytes']}")
         if sha256(c.header).hexdigest()[:32] != e['head']: raise SnapshotError(f'{c.path}: its header is not the one that the index knows')
         m = _manifest(c)
-        if (m['id'], m['base'], m['store']) != (e['id'], e['base'], self._head['store']): raise SnapshotError(f'{c.path}: is another snapshot')
+        if (m['id'], m['base'], m['about'], m['store']) != (e['id'], e['base'], e['about'], self._head['store']): raise SnapshotError(f'{c.path}: is another snapshot')
     except BaseException: c.file.close(); raise
     return c
 
@@ -247,7 +273,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #e3d8ff53
+# %% ../nbs/14u_store.ipynb #36d92f94
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -282,10 +308,11 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #444d6fb7
+# %% ../nbs/14u_store.ipynb #f5ca5985
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
     out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n, e in m['tensors'].items())
+    orders = {k: (sizes, memoryview(c.read(k))) for k, sizes in m['orders'].items()}
     for n in m['tensors']:
         if n not in table: continue
         e = m['tensors'][n]
@@ -295,7 +322,7 @@ def _stage(now, table, c, m):
             dtype, shape, data = now[src]
             if uses[src] > 1 or src in out: data = data.copy()
             part = memoryview(c.read(n)) if n in c.table else memoryview(b'')
-            out[n] = decode(e, part, (dtype, shape, data), table[n][1])
+            out[n] = decode(e, part, (dtype, shape, data), table[n][1], orders)
     for n, e in m['tensors'].items():
         if e['c'] == 'same' and n in table: out[n] = (*table[n][:2], out[e['of']][2].copy())
     return out
@@ -319,7 +346,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #08492efc
+# %% ../nbs/14u_store.ipynb #a7490ef4
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -367,7 +394,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #f509879f
+# %% ../nbs/14u_store.ipynb #4c14766a
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -380,7 +407,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #6cb75b81
+# %% ../nbs/14u_store.ipynb #c3c97e8b
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -410,7 +437,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #f57dee0b
+# %% ../nbs/14u_store.ipynb #4507779a
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -449,7 +476,7 @@ def _recalled(self, e):
     tensors, ms = self._tensors(e)
     about = {k: _inherited(ms, k) for k in ('inserted', 'attrs', 'frozen')}
     return about | dict(id=e['id'], tensors=tensors, depth=len(ms) - 1, room=sum(k['bytes'] for k in self._chain_of(e)), links={},
-                        spec=ms[0]['spec'], trees=ms[-1]['trees'], edits=ms[-1]['edits'],
+                        spec=ms[0]['spec'], trees=ms[-1]['trees'], edits=self._edits(e),
                         history=None if ms[-1]['history'] is None else [from_data(r, {}) for r in _history(ms)])
 
 def _history(manifests):
@@ -460,7 +487,7 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #a364f27e
+# %% ../nbs/14u_store.ipynb #f48c4b6f
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
     return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect') and hasattr(m, 'keys')}
@@ -537,13 +564,13 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #4072d9d8
+# %% ../nbs/14u_store.ipynb #bb816645
 def _packed(new, base, origins):
-    "(manifest entries, pieces of the file, names gone): what has changed since `base`, or everything"
-    entries, pieces, same = {}, {}, {}
+    "(manifest entries, pieces of the file, orders, names gone): what has changed since `base`, or everything"
+    entries, pieces, same, orders = {}, {}, {}, {}
     for n, t in new.items():
         src, old, moves = origins(n, t) if base else (n, None, None)
-        made = encode(t, old, moves)
+        made = encode(t, old, moves, orders)
         if made is None and src == n: continue
         entry, data = made or (dict(c='delta'), b'')
         entry['sha'] = sha = checksum(*t)
@@ -554,9 +581,11 @@ def _packed(new, base, origins):
         elif data: pieces[n] = ('U8', (len(data),), np.frombuffer(data, np.uint8))
         if entry['c'] == 'delta': entry['shape'] = list(t[1])
         entries[n] = entry
-    return entries, pieces, [n for n in base['tensors'] if n not in new] if base else []
+    for (data, _), name in orders.items(): pieces[name] = ('U8', (len(data),), np.frombuffer(data, np.uint8))
+    orders = {name: list(sizes) for (_, sizes), name in orders.items()}
+    return entries, pieces, orders, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #90133ccc
+# %% ../nbs/14u_store.ipynb #7371629d
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
@@ -594,7 +623,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #b5608ea1
+# %% ../nbs/14u_store.ipynb #0dde38c5
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -619,12 +648,14 @@ def _write(self, i, now, base, records, about, file=None):
     "Write one snapshot, and its line; gives the entry"
     if base and (base['depth'] + 1 >= self.full_every or base['spec'] != now['spec'] or base['id'] not in self._entries): base = None
     links = now['links']
-    entries, pieces, gone = _packed(now['tensors'], base, Origins(base, records, links) if base else None)
+    entries, pieces, orders, gone = _packed(now['tensors'], base, Origins(base, records, links) if base else None)
     if not _worth(now['tensors'], pieces, base):
-        base, gone = None, []
+        base, gone, orders = None, [], {}
         entries = {n: dict(c='raw', sha=checksum(*t)) for n, t in now['tensors'].items()}
         pieces = dict(now['tensors'])
-    m = dict(store=self._head['store'], id=i, base=base['id'] if base else None, about=about, edits=now['edits'], tensors=entries, gone=gone,
+    noted = None
+    if now['edits']: noted, pieces['#edits'] = _noted(now['edits'], sum(len(p[2]) for p in pieces.values()))
+    m = dict(store=self._head['store'], id=i, base=base['id'] if base else None, about=about, edits=noted, tensors=entries, orders=orders, gone=gone,
              trees=now['trees'], **_changed(now, base))
     text = json.dumps(m, separators=(',', ':'), allow_nan=False)
     data = container(pieces, dict(format=FORMAT, version=str(VERSION), sha256=sha256(text.encode()).hexdigest()[:32], snapshot=text))
@@ -642,7 +673,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #40e5b3be
+# %% ../nbs/14u_store.ipynb #7ac8572d
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -677,7 +708,7 @@ def _remembered(i, now, base, size):
     return dict(id=i, tensors=out, depth=base['depth'] + 1 if base else 0, room=size + (base['room'] if base else 0), links=now['links'],
                 history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs', 'frozen')})
 
-# %% ../nbs/14u_store.ipynb #2842336b
+# %% ../nbs/14u_store.ipynb #4911f04d
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -710,27 +741,43 @@ def load(self,
     """The network of a snapshot, to the last bit; with its optimizer or its trainer, which then goes on as if it had never stopped.
     Raises: SnapshotError when the store is damaged"""
     e = self._pick(snapshot)
-    wanted = ('model', 'extra') + (('state',) if optimizer is not None or trainer is not None else ())
+    wanted, path = ('model', 'extra') + (('state',) if optimizer is not None or trainer is not None else ()), self.folder/e['file']
     ready = trainer is not None and not callable(trainer)
     tensors, ms = self._tensors(e, wanted)
-    try:
-        got = {n: tensor(*t) for n, t in tensors.items()}
-        model = self._fill(trainer.model if ready else model, got, ms)
-        if trainer is not None: return self._resume(trainer if ready else trainer(model.to(device)), got, ms)
-        model = model.to(device)
-        if optimizer is None: return model
-        if 'optimizer' not in ms[-1]['trees']: raise SnapshotError('it was saved without an optimizer')
-        opt = optimizer(model.parameters())
-        set_optimizer(opt, model, from_data(ms[-1]['trees']['optimizer'], got))
-        return model, opt
-    except SnapshotError as err: raise SnapshotError(f"{self.folder/e['file']}: {err}") from None
+    got, trees = {n: tensor(*t) for n, t in tensors.items()}, ms[-1]['trees']
+    need = 'trainer' if trainer is not None else 'optimizer' if optimizer is not None else None
+    if need and need not in trees: raise SnapshotError(f'{path}: it was saved without {need}; give `{need}=` to `save`')
+    with _blamed(path): spec, user = _told(ms), trainer.model if ready else model
+    if user is not None: user = _made(user, spec)
+    with _blamed(path): model = self._fill(user, spec, got, ms).to(trainer.device if ready else device)
+    if trainer is not None and not ready: trainer = trainer(model)
+    opt = trainer.optimizer if trainer is not None else optimizer(model.parameters()) if optimizer is not None else None
+    with _blamed(path):
+        if opt is not None: set_optimizer(opt, model, from_data(trees['optimizer'], got))
+        state = from_data(trees['trainer'], got) if trainer is not None else None
+        history = [from_data(r, {}) for r in _history(ms)]
+    if trainer is None: return model if optimizer is None else (model, opt)
+    trainer.load_state_dict(state | dict(model=model.state_dict(), optimizer=opt.state_dict(), history=history))
+    return trainer
 
-# %% ../nbs/14u_store.ipynb #2ed3c8a6
+@contextmanager
+def _blamed(path):
+    "Within, an error is the file's fault"
+    try: yield
+    except SnapshotError as e: raise SnapshotError(f'{path}: {e}') from None
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as e:
+        raise SnapshotError(f'{path}: holds what cannot be used ({type(e).__name__}: {str(e)[:100]})') from None
+
+def _told(manifests):
+    "The specification of a chain, or None"
+    spec = _inherited(manifests, 'spec')
+    return None if spec is None else from_data(spec, {})
+
+# %% ../nbs/14u_store.ipynb #e7bdc474
 @method(SnapshotStore)
-def _fill(self, model, got, ms):
+def _fill(self, model, spec, got, ms):
     "The model with the tensors of a snapshot"
-    spec, inserted, attrs = (_inherited(ms, k) for k in ('spec', 'inserted', 'attrs'))
-    spec, inserted = None if spec is None else from_data(spec, {}), inserted or []
+    inserted, attrs = _inherited(ms, 'inserted') or [], _inherited(ms, 'attrs')
     mine = {n[6:]: t for n, t in got.items() if n.startswith('model/')}
     extra = from_data(ms[-1]['trees']['extra'], got) if 'extra' in ms[-1]['trees'] else {}
     if model is None:
@@ -738,7 +785,6 @@ def _fill(self, model, got, ms):
         room = 4*sum(t.numel() for t in mine.values()) + 2**22
         model = shaped(spec, inserted, {n: (t.dtype, tuple(t.shape)) for n, t in mine.items()}, attrs or {}, room)
     else:
-        model = _made(model, spec)
         known = LINEAGE.get(model, [])
         if tensors_of(model).keys() != mine.keys():
             if inserted[:len(known)] != known: raise SnapshotError('the model was given other layers than the snapshot has; load into a fresh one')
@@ -753,27 +799,17 @@ def _fill(self, model, got, ms):
     LINEAGE[model] = inserted
     return model
 
-@method(SnapshotStore)
-def _resume(self, trainer, got, ms):
-    "A trainer in the state of a snapshot"
-    trees = ms[-1]['trees']
-    if 'trainer' not in trees: raise SnapshotError('it was saved without a trainer')
-    state = from_data(trees['trainer'], got)
-    set_optimizer(trainer.optimizer, trainer.model, from_data(trees['optimizer'], got))
-    history = [from_data(r, {}) for r in _history(ms)]
-    trainer.load_state_dict(state | dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), history=history))
-    return trainer
-
 @property
 def _state(self):
     "What was saved as `state=`"
-    tensors, ms = self.store._tensors(self.store._pick(self), ('state',))
+    e = self.store._pick(self)
+    tensors, ms = self.store._tensors(e, ('state',))
     tree = ms[-1]['trees'].get('user')
-    return None if tree is None else from_data(tree, {n: tensor(*t) for n, t in tensors.items()})
+    with _blamed(self.store.folder/e['file']): return None if tree is None else from_data(tree, {n: tensor(*t) for n, t in tensors.items()})
 
 Snapshot.state = _state
 
-# %% ../nbs/14u_store.ipynb #3c957702
+# %% ../nbs/14u_store.ipynb #9e0f539b
 @method(SnapshotStore)
 def _ids(self, given):
     "Ids of snapshots, names or places"
@@ -807,7 +843,7 @@ def _compact(self):
     before, edits = None, []
     for i, e in sorted(self._entries.items()):
         if e['hidden']:
-            if (self.folder/e['file']).exists(): edits += self.manifest(Snapshot(self, e))['edits']
+            if (self.folder/e['file']).exists(): edits += self._edits(e)
             continue
         if e['base'] is not None and self._entries[e['base']]['hidden']:
             now = self._recalled(e)
@@ -817,7 +853,7 @@ def _compact(self):
             self._last = None
         before, edits = i, []
 
-# %% ../nbs/14u_store.ipynb #4256e463
+# %% ../nbs/14u_store.ipynb #8bad8d9d
 @method(SnapshotStore)
 def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
     "Read every snapshot whole and check every sum"
@@ -834,7 +870,7 @@ def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
         if n not in known and not n.endswith('.damaged'): rows.append(dict(id=None, file=n, bytes=None, state='foreign', why='not of this store'))
     return Table(rows)
 
-# %% ../nbs/14u_store.ipynb #3a26a183
+# %% ../nbs/14u_store.ipynb #45e3399d
 @method(SnapshotStore)
 def repair(self) -> Table: # file, done
     "Make the store consistent again: keep every snapshot that is whole, put the others aside"
@@ -899,7 +935,7 @@ def _rewrite(self, hidden):
     self._mark = self._last = None
     self._tidy()
 
-# %% ../nbs/14u_store.ipynb #8dd57f6b
+# %% ../nbs/14u_store.ipynb #48845efb
 class Diff(Table):
     "What differs between two snapshots: a row for each tensor; `edits` are those between them"
     edits = ()
@@ -927,7 +963,7 @@ def diff(self,
     out = Diff(_compared(n[6:], x.get(n), y.get(n)) for n in dict.fromkeys([*x, *y]))
     first, last = sorted((a['id'], b['id']))
     out.edits = [e for i in range(first + 1, last + 1) if i in self._entries and (self.folder/self._entries[i]['file']).exists()
-                 for e in self.manifest(Snapshot(self, self._entries[i]))['edits']]
+                 for e in self._edits(self._entries[i])]
     return out
 
 def load(snapshot, *args, **options): # a Snapshot, and what `SnapshotStore.load` takes
