@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'OTHERS', 'Counted', 'Learner', 'learn', 'member_activations', 'member_rows', 'member_report', 'age_rows',
            'rounded', 'packed', 'unpacked', 'spearman', 'correlations']
 
-# %% ../nbs/13b_aging.ipynb #dd7d95c7
+# %% ../nbs/13b_aging.ipynb #bea88164
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
@@ -17,7 +17,7 @@ from .population import Population, Step
 from .results import Table, did_you_mean, generator
 from .training import evaluating
 
-# %% ../nbs/13b_aging.ipynb #ba3417db
+# %% ../nbs/13b_aging.ipynb #81ba8202
 class Counted(Step):
     "Training steps that give each member's loss and share of hits"
     def __init__(self,
@@ -35,7 +35,7 @@ class Counted(Step):
         hits = (self.logits(self.out.detach()).argmax(-1) == y).to(losses.dtype).mean(-1)     # (members,)
         return torch.stack([losses, hits])
 
-# %% ../nbs/13b_aging.ipynb #e5524a62
+# %% ../nbs/13b_aging.ipynb #93c81001
 class Learner:
     "A population with its optimizer, that learns stretches of steps and can be put back to its start"
     def __init__(self,
@@ -60,7 +60,7 @@ class Learner:
         self.done = 0
         return self
 
-# %% ../nbs/13b_aging.ipynb #5fa564d5
+# %% ../nbs/13b_aging.ipynb #638cd189
 def learn(self,
     batches, # function (first step, last step + 1) -> x, y of these steps; of one step without a first dimension
     total:int # steps, a multiple of the step's own number
@@ -77,7 +77,7 @@ def learn(self,
 
 Learner.learn = learn
 
-# %% ../nbs/13b_aging.ipynb #98f869c7
+# %% ../nbs/13b_aging.ipynb #83621c8c
 def member_activations(
     population:Population,
     x, # a batch for all (samples, ...), or one each (members, samples, ...) with `own`
@@ -98,7 +98,7 @@ def member_activations(
         for h in hooks: h.remove()
     return {k: (m, out[k]) for k, m in chosen.items() if k in out}
 
-# %% ../nbs/13b_aging.ipynb #bde26347
+# %% ../nbs/13b_aging.ipynb #f5106c42
 def member_rows(
     module, # that gave the outputs
     h, # (members, samples, ...)
@@ -113,7 +113,7 @@ def member_rows(
     if top is None: return Rows(x.double())
     return Rows(x.double(), top.double())
 
-# %% ../nbs/13b_aging.ipynb #fb84baab
+# %% ../nbs/13b_aging.ipynb #891b9462
 METRICS = dict(dead=dead_fraction, dormant=lambda r: dead_fraction(r, 'dormant'), duplicates=duplicate_fraction,
                effective_rank=lambda r: effective_rank(r)/min(r.units, r.n), stable_rank=lambda r: stable_rank(r)/min(r.units, r.n),
                rank_at_99=lambda r: rank_at(r)/min(r.units, r.n))
@@ -136,7 +136,7 @@ def member_report(
     out |= _of_weights(population, start) | _of_task(population, x, y, loss, own)
     return dict(zip(out, torch.stack([v.double() for v in out.values()]).cpu(), strict=True))
 
-# %% ../nbs/13b_aging.ipynb #2ad60001
+# %% ../nbs/13b_aging.ipynb #2f823e8f
 @torch.no_grad()
 def _of_weights(population, start):
     "Mean size of the weights; distance from the start over its norm"
@@ -155,7 +155,7 @@ def _of_task(population, x, y, loss, own):
     square = sum(g.double().pow(2).flatten(1).sum(1) for g in grads if g is not None)
     return dict(new_loss=losses.detach(), new_gradient=square.sqrt())
 
-# %% ../nbs/13b_aging.ipynb #a94b11c5
+# %% ../nbs/13b_aging.ipynb #ab0e0d1e
 def age_rows(
     task:int, # index of the task that begins
     measured:dict, # metric -> (members,), before it
@@ -168,7 +168,7 @@ def age_rows(
     def row(i, a, f): return dict(task=task, run=i, arm=arms[i] if arms else '', aged=a, fresh=f, gap=a - f)
     return [row(i, a, f) | {k: v[i].item() for k, v in measured.items()} for i, (a, f) in enumerate(zip(aged, fresh, strict=True))]
 
-# %% ../nbs/13b_aging.ipynb #638cde58
+# %% ../nbs/13b_aging.ipynb #d38bf240
 def rounded(
     v, # numbers, in lists, dicts or tensors
     digits:int=5 # significant
@@ -179,7 +179,7 @@ def rounded(
     if isinstance(v, dict): return {k: rounded(x, digits) for k, x in v.items()}
     return [rounded(x, digits) for x in v] if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/13b_aging.ipynb #4f3b48fc
+# %% ../nbs/13b_aging.ipynb #9523be49
 def packed(
     rows # dicts with the same keys
 ) -> dict: # key -> list
@@ -194,27 +194,31 @@ def unpacked(
     "Columns as rows"
     return Table(dict(zip(columns, v, strict=True)) for v in zip(*columns.values(), strict=True))
 
-# %% ../nbs/13b_aging.ipynb #2f4f7430
-def _ranks(v): # (n,) -> (n,), from 0, ties share their mean
-    _, at, count = torch.unique(v, return_inverse=True, return_counts=True)
-    end = count.cumsum(0).double()
-    return (end - (count + 1)/2)[at]
+# %% ../nbs/13b_aging.ipynb #8b407ba7
+def _ranks(v, w): # (n,), weights (..., n) -> (..., n): the weight below, and half of that of its equals
+    values, at = torch.unique(v, return_inverse=True)
+    size = torch.zeros(*w.shape[:-1], len(values), dtype=w.dtype).index_add_(-1, at, w)
+    return (size.cumsum(-1) - size/2)[..., at]
+
+def _spearman(x, y, w): # (n,), (n,), weights (..., n) -> (...)
+    total = w.sum(-1, keepdim=True)
+    a, b = (r - (r*w).sum(-1, keepdim=True)/total for r in (_ranks(x, w), _ranks(y, w)))
+    return (w*a*b).sum(-1)/((w*a*a).sum(-1)*(w*b*b).sum(-1)).sqrt()
 
 def spearman(
     x, # numbers (n,)
     y # numbers (n,)
 ) -> float: # -1 to 1; NaN where one of them is constant
     "Spearman's rank correlation"
-    a, b = (_ranks(torch.as_tensor(v, dtype=torch.float64)) for v in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    return ((a*b).sum()/((a*a).sum()*(b*b).sum()).sqrt()).item()
+    x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y))
+    return _spearman(x, y, torch.ones_like(x)).item()
 
-# %% ../nbs/13b_aging.ipynb #f4f47d60
+# %% ../nbs/13b_aging.ipynb #31ff7997
 def _strata(v, groups): # ranks within each group, scaled to its size
     out = torch.empty_like(v)
     for g in groups.unique():
         at = groups == g
-        out[at] = (_ranks(v[at]) + .5)/at.sum()
+        out[at] = _ranks(v[at], torch.ones_like(v[at]))/at.sum()
     return out
 
 def _codes(rows, keys): # rows -> a number for each combination of these keys
@@ -237,15 +241,14 @@ def correlations(
     for m in (*metrics, to):
         if m not in rows[0]: raise ValueError(f'metrics: no {m!r}{did_you_mean(m, rows[0])}')
     runs, arms = _codes(rows, run), _codes(rows, within) if within else None
-    members = [(runs == r).nonzero().flatten() for r in runs.unique()]
-    draws = torch.randint(len(members), (repeats, len(members)), generator=generator(seed, 'bootstrap'))
-    draws = [torch.cat([members[i] for i in d]) for d in draws.tolist()]
-    y, out = _numbers(rows, to, arms), []
+    n = int(runs.max()) + 1
+    drawn = torch.randint(n, (repeats, n), generator=generator(seed, 'bootstrap'))
+    counts = torch.zeros(repeats, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(repeats, n, dtype=torch.float64))
+    y, out, ends = _numbers(rows, to, arms), [], torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)
     for m in metrics:
         x = _numbers(rows, m, arms)
-        many = torch.tensor([spearman(x[d], y[d]) for d in draws], dtype=torch.float64)
-        low, high = many.nanquantile(torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
-        out.append(dict(metric=m, rho=spearman(x, y), low=low, high=high, points=len(rows), runs=len(members)))
+        low, high = _spearman(x, y, counts[:, runs]).nanquantile(ends).tolist()
+        out.append(dict(metric=m, rho=spearman(x, y), low=low, high=high, points=len(rows), runs=n))
     return Table(sorted(out, key=lambda r: -abs(r['rho']) if r['rho'] == r['rho'] else 1.))
 
 def _numbers(rows, key, arms):

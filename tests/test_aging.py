@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from plasticity.aging import (Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, packed, rounded,
-                              spearman, unpacked)
+from plasticity.aging import (_spearman, Counted, Learner, age_rows, correlations, member_activations, member_report, member_rows, packed,
+                              rounded, spearman, unpacked)
 from plasticity.member_optimizers import MemberAdam, MemberSGD
 from plasticity.metrics import dead_fraction, duplicate_fraction, effective_rank, rank_at, report
 from plasticity.models import make_model
@@ -147,3 +147,11 @@ def test_rows_survive_packing():
     assert rounded(torch.tensor([[1/3]]), 2) == [[.33]] and rounded(dict(a=(1, None))) == dict(a=[1, None])
     assert math.isnan(rounded(math.nan))
     with pytest.raises(ValueError, match='keys differ'): packed([dict(a=1), dict(b=1)])
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 3)), min_size=3, max_size=12))
+def test_counting_twice_is_drawing_twice(points):
+    x, y, w = (torch.tensor(v, dtype=torch.float64) for v in zip(*points, strict=True))
+    if w.sum() < 2: return
+    weighted, drawn = _spearman(x, y, w).item(), spearman(x.repeat_interleave(w.long()), y.repeat_interleave(w.long()))
+    assert abs(weighted - drawn) < 1e-9 or math.isnan(weighted) and math.isnan(drawn)
