@@ -283,6 +283,22 @@ def test_memory_is_given_back():
     del net, o, e; gc.collect()
     assert all(r() is None for r in keep) and old is None
 
+def test_nothing_piles_up():
+    "As many tensors and bytes after twenty edits that were undone as after three"
+    net, o, x = made('cnn'); counts = []
+    def alive():
+        gc.collect()
+        found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        return len(found), sum(t.numel() * t.element_size() for t in found)
+    for i in range(20):
+        with edit(net, o, x, ema=copy.deepcopy(net)) as e: e.widen('0', 2); e.clone('3'); e.prune('0', [1]); e.deepen('2')
+        replay(net, e.record.inverse(), o); train(net, o, x)
+        with pytest.raises(LastUnits):
+            with edit(net, o, x) as e: e.widen('0', 1); e.prune('3', range(3))
+        del e
+        if i in (3, 19): counts.append(alive())
+    assert counts[0] == counts[1], counts
+
 def test_observers_do_not_see_the_trial():
     net, o, x = made('cnn'); seen = dict(observer=0, hook=0)
     def observer(m, args, y): seen['observer'] += 1
