@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'REACH', 'reached', 'complete', 'MinimalNetwork', 'trace', 'step', 'forward', 'sequence', 'resize',
            'Sprout', 'live_units', 'get_connectivity_stats']
 
-# %% ../nbs/13e_sparse_network.ipynb #a1736b3b
+# %% ../nbs/13e_sparse_network.ipynb #59e27e4e
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from .sparse import SparseLinear, _pointers, bag, blocks, link_scale, random_pla
 from .surgery import operation
 from .tensors import set_data
 
-# %% ../nbs/13e_sparse_network.ipynb #3e487e44
+# %% ../nbs/13e_sparse_network.ipynb #5f5ca243
 def reached(
     layers, # [(rows, cols)] of each pair of neighbouring layers
     sizes, # widths
@@ -53,7 +53,7 @@ def _useful(layers, j, sizes, g):
     read = layers[j][1] if j < len(layers) else torch.empty(0)
     return read[int(torch.randint(len(read), (1,), generator=g))] if len(read) else torch.randint(sizes[j], (1,), generator=g)
 
-# %% ../nbs/13e_sparse_network.ipynb #7bae0773
+# %% ../nbs/13e_sparse_network.ipynb #a83d70e7
 ACTIVATIONS = dict(tanh=nn.Tanh, sigmoid=nn.Sigmoid, relu=nn.ReLU)
 REACH = 3 # layers a link can skip ahead
 
@@ -104,7 +104,7 @@ class MinimalNetwork(nn.Module):
         return slice(o, o + self.layer_sizes[j])
     def extra_repr(self): return f"{'-'.join(map(str, self.layer_sizes))}, {self.activation}, {self.n_links:,} links"
 
-# %% ../nbs/13e_sparse_network.ipynb #ea6124e7
+# %% ../nbs/13e_sparse_network.ipynb #5db19f54
 @method(MinimalNetwork)
 def trace(self,
     x, # (samples, inputs)
@@ -142,7 +142,7 @@ def _sum(self, h, j, b, before):
 
 def _plus(a, b): return b if a is None else a + b
 
-# %% ../nbs/13e_sparse_network.ipynb #89bbba7f
+# %% ../nbs/13e_sparse_network.ipynb #24030347
 @method(MinimalNetwork)
 def _program(self):
     "The units an output depends on, and the links among them; made again when links change"
@@ -175,7 +175,7 @@ def _part(x, i, j, need, place):
     turned(out, int(need[i].sum()))
     return out
 
-# %% ../nbs/13e_sparse_network.ipynb #34e81712
+# %% ../nbs/13e_sparse_network.ipynb #53e0fae4
 _ACT = dict(tanh=(torch.tanh_, torch.ops.aten.tanh_backward), sigmoid=(torch.sigmoid_, torch.ops.aten.sigmoid_backward),
             relu=(torch.relu_, lambda g, h: torch.ops.aten.threshold_backward(g, h, 0)))
 
@@ -219,7 +219,7 @@ class _Run(torch.autograd.Function):
 
 def _plus_(a, b): return b if a is None else a.add_(b)
 
-# %% ../nbs/13e_sparse_network.ipynb #a2d1f461
+# %% ../nbs/13e_sparse_network.ipynb #ebb849d3
 @method(MinimalNetwork)
 def _plain(self, x):
     "Whether the program can be run: a CPU, links as lists, nobody watching"
@@ -256,7 +256,7 @@ def sequence(self, x): # (samples, steps, inputs)
         out.append(before[-1])
     return torch.stack(out, 1)
 
-# %% ../nbs/13e_sparse_network.ipynb #eaecf086
+# %% ../nbs/13e_sparse_network.ipynb #d22bffdc
 @method(MinimalNetwork)
 def resize(self,
     layer:int, # which hidden layer
@@ -286,7 +286,7 @@ def _resized(m, i, o):
         set_data(m.ptr, torch.cat([p, p[-1:].expand(o + 1 - len(p))]).contiguous())
     m.in_features, m.out_features, m.cache = i, o, None
 
-# %% ../nbs/13e_sparse_network.ipynb #4451708b
+# %% ../nbs/13e_sparse_network.ipynb #f9570f4a
 @operation
 def _units(self, network, layer, k):
     for net in self.modules(network):
@@ -306,6 +306,7 @@ class Sprout(Edit):
     "Add units without links to a hidden layer of a sparse network; the function stays"
     layer: int # which layer; 1 is the first hidden one
     k: int = 1 # units
+    bias: list = None # of each of them; zero if None
     network: str = '' # path of the MinimalNetwork
 
     def plan(self, session):
@@ -314,7 +315,9 @@ class Sprout(Edit):
             raise ValueError(f'layer: got {self.layer}, takes a hidden layer, 1 to {len(net.layer_sizes) - 2}')
         if self.k < 1: raise ValueError(f'k: got {self.k}, takes 1 or more')
         end, prefix = net.at(self.layer).stop, f'{self.network}.' if self.network else ''
-        ops = [dict(op='put', tensor=f'{prefix}bias', dim=0, at=torch.arange(end, end + self.k), values=dict(value=torch.zeros(self.k)))]
+        bias = torch.zeros(self.k) if self.bias is None else torch.tensor(self.bias, dtype=torch.float64)
+        if len(bias) != self.k: raise ValueError(f'bias: got {len(bias)} numbers for {self.k} units')
+        ops = [dict(op='put', tensor=f'{prefix}bias', dim=0, at=torch.arange(end, end + self.k), values=dict(value=bias))]
         ops += [_wider(f'{prefix}{d}.{key}.values', m, self.layer, key, self.k) for d in ('links', 'memory')
                 for key, m in getattr(net, d).items() if m.full and str(self.layer) in key.split('_')]
         def run(s):
@@ -329,7 +332,7 @@ def _wider(name, m, layer, key, k):
     at = new.view(-1).nonzero()[:, 0]
     return dict(op='put', tensor=name, dim=0, at=at, values=dict(value=torch.zeros(len(at))))
 
-# %% ../nbs/13e_sparse_network.ipynb #722447cd
+# %% ../nbs/13e_sparse_network.ipynb #8bdc485e
 @method(MinimalNetwork)
 def _load_from_state_dict(self, state, prefix, *rest):
     "Take over the widths of the saved network"
@@ -343,7 +346,7 @@ def _load_from_state_dict(self, state, prefix, *rest):
             m.in_features, m.out_features = self.layer_sizes[i], self.layer_sizes[j]
     nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
-# %% ../nbs/13e_sparse_network.ipynb #59ab0a98
+# %% ../nbs/13e_sparse_network.ipynb #b13ad987
 @method(MinimalNetwork)
 def live_units(self) -> tuple: # two lists of (units,) masks
     "Which units have a path from an input, and which a path to an output"
