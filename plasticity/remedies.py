@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UTILITIES', 'REMEDIES', 'unit_utility', 'owed', 'ContinualBackprop', 'outgoing', 'incoming', 'ReDo', 'ShrinkPerturb',
-           'setting', 'Pull', 'L2Init', 'WeightDecay', 'plain_layers', 'SpectralRegularization', 'WeightClip',
-           'HareTortoise', 'HeadReset', 'SelfNormalizedResets', 'UPGD', 'CReLU', 'called', 'concat_relu', 'Switch',
-           'switch_norm', 'make_remedy']
+           'Pull', 'L2Init', 'WeightDecay', 'plain_layers', 'SpectralRegularization', 'WeightClip', 'HareTortoise',
+           'HeadReset', 'SelfNormalizedResets', 'UPGD', 'CReLU', 'called', 'concat_relu', 'Switch', 'switch_norm',
+           'make_remedy']
 
-# %% ../nbs/12_remedies.ipynb #54310907
+# %% ../nbs/12_remedies.ipynb #fbf85acb
 import math
 
 import torch
@@ -21,7 +21,7 @@ from .surgery import MOMENTS
 from .tensors import find
 from .training import OPTIMIZERS, Callback
 
-# %% ../nbs/12_remedies.ipynb #6b961a57
+# %% ../nbs/12_remedies.ipynb #fca9aa42
 UTILITIES = ('contribution', 'adaptable')
 
 def unit_utility(
@@ -40,7 +40,7 @@ def owed(
     "Replacements that are due: they add up to rate x units x steps"
     return (rate*exposed*(1 + 1e-6)).floor().long() - replaced  # a rate in float32 counts like its decimal
 
-# %% ../nbs/12_remedies.ipynb #b23e851c
+# %% ../nbs/12_remedies.ipynb #4909440b
 class ContinualBackprop(UnitRemedy):
     """Replace the least useful mature units, a small share of them at each step.
     Source: Dohare et al. 2024, Nature 632, algorithm 1; `utility='adaptable'` as in the authors' code"""
@@ -100,7 +100,7 @@ class ContinualBackprop(UnitRemedy):
         left = (state['replaced'].item() + 1)/(rate*(1 + 1e-6)) - state['exposed'].item()
         return math.floor(left/(s.n*self.every))
 
-# %% ../nbs/12_remedies.ipynb #8da83971
+# %% ../nbs/12_remedies.ipynb #b340468c
 @method(UnitRemedy)
 def outgoing(self, s): # (members, units)
     "Sum of |weights| by which each unit is read"
@@ -118,7 +118,7 @@ def incoming(self, s): # (members, units)
     w = self.get(t).movedim(d + 1, 1)
     return w.abs().flatten(2).mean(2)[:, pos].mean(2)
 
-# %% ../nbs/12_remedies.ipynb #8a9825b2
+# %% ../nbs/12_remedies.ipynb #606a993d
 class ReDo(UnitRemedy):
     """Recycle dormant units: those whose mean size is at most `threshold` of their layer's mean.
     Source: Sokar et al. 2023, arXiv 2302.12902, definition 3.1 and algorithm 1"""
@@ -158,7 +158,7 @@ class ReDo(UnitRemedy):
             self.replace(s, every, due, self.state[s.name]['replaced'][:, None] + every)
             self.state[s.name]['exposed'] += s.n
 
-# %% ../nbs/12_remedies.ipynb #1770dc40
+# %% ../nbs/12_remedies.ipynb #fbc3a635
 class ShrinkPerturb(Remedy):
     """Shrink all weights a little and add noise.
     Source: Ash & Adams 2020, arXiv 1910.08475, section 4; at every step as in Dohare et al. 2024"""
@@ -193,13 +193,7 @@ class ShrinkPerturb(Remedy):
             v.mul_(wide(self.each_shrink.to(v.dtype), v.ndim)).add_((z*self.each_noise.float()[:, None]).view(v.shape).to(v.dtype))
         self.acts += 1
 
-# %% ../nbs/12_remedies.ipynb #7efedb4f
-def setting(name, value, n, factor=1.):
-    "A strength as `MemberOptimizer` takes it: a number, or float64 (members,)"
-    v = per_member(name, value, n)*factor
-    if v.min() < 0: raise ValueError(f'{name}: got {value}, takes 0 or more')
-    return v[0].item() if (v == v[0]).all() else v
-
+# %% ../nbs/12_remedies.ipynb #fc34f8a2
 class Pull(Callback):
     "Adds something to the gradients, just before the optimizer's step"
     order = 20
@@ -218,12 +212,22 @@ class Pull(Callback):
         "Stop"
         if self.hook: self.hook.remove()
         self.hook = None
+    def join(self, optimizer, option, factor=1.):
+        "Add the strength of each member to a setting of their optimizer, once"
+        n, new = optimizer.n, per_member('strength', self.strength, optimizer.n)*factor
+        if new.min() < 0: raise ValueError(f'strength: got {self.strength}, takes 0 or more')
+        pulls = optimizer.__dict__.setdefault('pulls', {})
+        pulls[option, id(self)] = self, new
+        for g in optimizer.param_groups:
+            own = per_member(option, g.setdefault(f'own_{option}', g[option]), n)            # what was set without remedies
+            v = own + sum(w for (o, _), (_, w) in pulls.items() if o == option)
+            g[option] = v[0].item() if (v == v[0]).all() else v
     def set_members(self, optimizer):
         raise ValueError(f'model: got a population; {type(self).__name__} takes one network')
     def start(self, model): "Look at the network before the first step"
     def after_step(self, trainer=None, steps=1): "All is done inside the step"
 
-# %% ../nbs/12_remedies.ipynb #ae440826
+# %% ../nbs/12_remedies.ipynb #d668d98c
 class L2Init(Pull):
     """Pull every weight towards where it started: the loss plus strength * |w - w0|^2.
     Source: Kumar et al. 2023, arXiv 2308.11958, section 3"""
@@ -247,12 +251,12 @@ class L2Init(Pull):
         "One strength for each member, as a setting of their optimizer"
         states = [optimizer.state.get(p) for g in optimizer.param_groups for p in g['params']]
         if any(s and 'start' not in s for s in states): raise ValueError('optimizer: it has made steps, so where weights started is gone')
-        for g in optimizer.param_groups: g['l2_init'] = setting('strength', self.strength, optimizer.n, 2.)
+        self.join(optimizer, 'l2_init', 2.)
 
     def state_dict(self): return dict(home=self.home)
     def load_state_dict(self, state): self.home = state['home']
 
-# %% ../nbs/12_remedies.ipynb #b032bdc8
+# %% ../nbs/12_remedies.ipynb #74ef7226
 class WeightDecay(Pull):
     """Pull every weight towards zero: by a factor 1 - lr * strength, or by the gradient of strength/2 * |w|^2.
     Source: Krogh & Hertz 1991; decoupled: Loshchilov & Hutter 2019, arXiv 1711.05101, eq. 5"""
@@ -274,10 +278,10 @@ class WeightDecay(Pull):
         for g in optimizer.param_groups:
             if self.decoupled and 'decoupled' not in g:
                 raise ValueError(f'decoupled: got True with {type(optimizer).__name__}, which decays through the gradient; takes False')
-            g['weight_decay'] = setting('strength', self.strength, optimizer.n)
             if self.decoupled: g['decoupled'] = True
+        self.join(optimizer, 'weight_decay')
 
-# %% ../nbs/12_remedies.ipynb #8af14120
+# %% ../nbs/12_remedies.ipynb #f3aa45fa
 def plain_layers(net): # [(weight name, bias name or None)]
     "The linear and convolution layers of a network"
     kinds = nn.Linear, nn.modules.conv._ConvNd
@@ -320,7 +324,7 @@ class SpectralRegularization(Pull):
     def state_dict(self): return dict(vectors=self.vectors)
     def load_state_dict(self, state): self.vectors = state['vectors']
 
-# %% ../nbs/12_remedies.ipynb #d8cc769b
+# %% ../nbs/12_remedies.ipynb #313ef7ad
 class WeightClip(Remedy):
     """Keep every weight within `bound` times the limit of the uniform distribution it was drawn from.
     Source: Elsayed et al. 2024, arXiv 2407.01704, algorithm 1"""
@@ -356,7 +360,7 @@ class WeightClip(Remedy):
     def state_dict(self): return dict(limits=self.held)
     def load_state_dict(self, state): self.held = state['limits']
 
-# %% ../nbs/12_remedies.ipynb #debbdeee
+# %% ../nbs/12_remedies.ipynb #60031aba
 class HareTortoise(Remedy):
     """Two sets of weights: the hare learns, the tortoise is its slow average, and now and then the hare goes back to the tortoise.
     Source: Lee et al. 2024, arXiv 2406.02596, section 4"""
@@ -387,7 +391,7 @@ class HareTortoise(Remedy):
     def state_dict(self): return dict(tortoise=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['tortoise'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #c1b18e47
+# %% ../nbs/12_remedies.ipynb #8401e74c
 class HeadReset(Remedy):
     """Start the last layer afresh now and then, with its moments at zero.
     Source: Nikishin et al. 2022, arXiv 2205.07802, section 4 (their networks' last layers)"""
@@ -424,7 +428,7 @@ class HeadReset(Remedy):
     def state_dict(self): return dict(held=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['held'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #1826a1eb
+# %% ../nbs/12_remedies.ipynb #0b5776db
 class SelfNormalizedResets(UnitRemedy):
     """Replace a unit that is silent for longer than its record explains: (1 - p)^silent <= `level`, p how often it fires.
     Source: Farias & Jozefiak 2024, arXiv 2410.20098, algorithm 1"""
@@ -468,7 +472,7 @@ class SelfNormalizedResets(UnitRemedy):
             due = (state['silent'] >= self.least) & (rare | (state['silent'] >= self.most))
             self.replace(s, units, due, state['replaced'][:, None] + units)
 
-# %% ../nbs/12_remedies.ipynb #ed0b78bc
+# %% ../nbs/12_remedies.ipynb #551339ee
 class UPGD(torch.optim.Optimizer):
     """Steps and noise that spare useful weights: w - lr * (g + noise) * (1 - sigmoid(u / max u)), u the running mean of -g * w.
     Source: Elsayed & Mahmood 2024, arXiv 2404.00781, algorithm 1 (first order, global)"""
@@ -502,7 +506,7 @@ class UPGD(torch.optim.Optimizer):
 OPTIMIZERS['upgd'] = UPGD
 MOMENTS['UPGD'] = dict(utility=(1, 'zero'))
 
-# %% ../nbs/12_remedies.ipynb #1c5d8c65
+# %% ../nbs/12_remedies.ipynb #428d0872
 class CReLU(nn.Module):
     """Both signs of what comes in: relu(x) and relu(-x), one after the other along the units.
     Source: Shang et al. 2016, arXiv 1603.05201; for plasticity: Abbas et al. 2023, arXiv 2303.07507"""
@@ -512,7 +516,7 @@ class CReLU(nn.Module):
     def forward(self, x): return torch.cat([x.relu(), (-x).relu()], self.dim)
     def extra_repr(self): return f'dim={self.dim}'
 
-# %% ../nbs/12_remedies.ipynb #5b5c9677
+# %% ../nbs/12_remedies.ipynb #4911424f
 def called(model, examples):
     "Names of the modules without parts, in the order in which they run"
     names, order = {m: k for k, m in model.named_modules()}, []
@@ -548,7 +552,7 @@ def concat_relu(
     with torch.no_grad(): model(examples)
     return model.train()
 
-# %% ../nbs/12_remedies.ipynb #17b5918f
+# %% ../nbs/12_remedies.ipynb #6388663f
 class Switch(nn.Module):
     "A module that a member of a population can have or not"
     def __init__(self,
@@ -571,7 +575,7 @@ def switch_norm(
     for k in names: model.set_submodule(k, Switch(model.get_submodule(k), on))
     return model
 
-# %% ../nbs/12_remedies.ipynb #afc14f22
+# %% ../nbs/12_remedies.ipynb #d9e55253
 REMEDIES = dict(continual_backprop=ContinualBackprop, redo=ReDo, l2_init=L2Init, shrink_perturb=ShrinkPerturb, weight_decay=WeightDecay,
                 weight_clip=WeightClip, spectral=SpectralRegularization, snr=SelfNormalizedResets, hare_tortoise=HareTortoise,
                 head_reset=HeadReset)

@@ -43,6 +43,7 @@ class Site:
         maps = {k: v.to(device) for k, v in group.maps.items()}
         self.made = {k: v for k, v in maps.items() if k not in group.consumers}            # (tensor, dim) -> positions (units, k)
         self.reads = {t: v for (t, d), v in maps.items() if (t, d) in group.consumers}     # weight -> columns (units, k)
+        self.shapes = {t: find(model, t).shape for t in group.tensors}
         self.maker = next(t for t, _ in self.made if find(model, t).dim() > 1)
         self.bias = {t: t[:-6] + 'bias' for t in self.reads if owner(model, t)[0].bias is not None}
         self.reader, columns = next(iter(self.reads.items()))
@@ -142,7 +143,7 @@ def attach(self,
 ):
     "Begin; a population's optimizer calls `observe` after each of its updates, and `act` if it is for every step"
     self.detach()
-    self.model, self.optimizer, self.trainer = model, optimizer, trainer
+    self.model, self.optimizer, self.given, self.trainer = model, optimizer, seed, trainer
     self.members = model.n if hasattr(model, 'seeds') and hasattr(model, 'net') else None
     self.net, n, device = model.net if self.members else model, self.members or 1, next(model.parameters()).device
     on = self.settings(n)
@@ -160,18 +161,23 @@ def attach(self,
 @method(Remedy)
 def enter(self, optimizer):
     "Join the update of a population's optimizer, inside a captured step too"
-    inner = optimizer.update
-    def update(grads):
-        inner(grads)
-        with torch.no_grad():
-            self.observe()
-            if self.every == 1: self.act()
-    mine = {f'{type(self).__name__} {k}': v for k, v in self.tensors().items()}
-    optimizer.update = update
-    optimizer.state.update(mine)                                                             # what a captured step has to put back
+    if not hasattr(optimizer, 'joined'):
+        inner, optimizer.joined = optimizer.update, []
+        def update(grads):
+            inner(grads)
+            with torch.no_grad():
+                for f in optimizer.joined: f()
+        optimizer.update = update
+    def mine():
+        self.observe()
+        if self.every == 1: self.act()
+    name = f'{type(self).__name__} {len(optimizer.joined)}'
+    held = {f'{name} {k}': v for k, v in self.tensors().items()}
+    optimizer.joined.append(mine)
+    optimizer.state.update(held)                                                             # what a captured step has to put back
     def leave():
-        optimizer.update = inner
-        for k in mine: optimizer.state.pop(k, None)
+        optimizer.joined.remove(mine)
+        for k in held: optimizer.state.pop(k, None)
     self.leave = leave
 
 @method(Remedy)
@@ -204,6 +210,15 @@ class UnitRemedy(Remedy):
     def before_fit(self, trainer):
         if self.examples is None: self.examples = trainer.data.normalize(trainer.data.x_train[:2])
         super().before_fit(trainer)
+
+    @torch.no_grad()
+    def after_step(self, trainer=None, steps=1):
+        "The same; begins anew where another edit changed the units"
+        if not self.members and any(find(self.model, t).shape != shape for s in self.sites for t, shape in s.shapes.items()):
+            self.detach(); self.held, self.sites = None, []
+            self.attach(self.model, self.optimizer, self.given, self.trainer)
+            self.count += steps
+        else: super().after_step(trainer, steps)
 
     def tensors(self): return self.state
 

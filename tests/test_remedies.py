@@ -377,7 +377,45 @@ def test_several_remedies_in_one_step():
         for r in arms[1:]: r.after_step(steps=5)
     assert arms[1].state['layers.0.linear']['replaced'].tolist()[0] > 5 and arms[2].state['layers.0.linear']['replaced'].tolist()[0] > 0
     for r in arms: r.detach()
-    assert len(opt.state) == 4 and 'update' in vars(opt)
+    assert len(opt.state) == 4 and opt.joined == []
+
+def test_arms_of_one_kind_add_up_and_two_fits_are_one():
+    "Two L2 inits and two unit remedies, each for its own member"
+    def run(*fits):
+        pop = Population(lambda s: MLP(DIGITS.shape, 10, (8,)), seeds=[0, 1])
+        arms = [L2Init([.1, 0.]), L2Init([0., .3]), ContinualBackprop([.1, 0.], maturity=2), ContinualBackprop([0., .2], maturity=2)]
+        t = Trainer(pop, own_orders(DIGITS, pop), 'adam', lr=1e-2, batch_size=32, callbacks=arms, eval_every=0, device='cpu')
+        for n in fits: t.fit(steps=n)
+        return t, pop, arms
+    (t, a, arms), (_, b, _) = run(16), run(7, 9)
+    assert t.optimizer.param_groups[0]['l2_init'].tolist() == [.2, .6]
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert all(r.state['layers.0.linear']['replaced'].item() > 5 for r in arms[2:])
+    for i, (l, r) in enumerate(((.1, .1), (.3, .2))):
+        m = net(i, (8,))
+        trained(m, L2Init(l), ContinualBackprop(r, maturity=2), seed=i, steps=16)
+        assert all(torch.equal(p, q) for p, q in zip(m.parameters(), a.member(i).parameters(), strict=True))
+
+def test_a_population_goes_on_from_a_checkpoint(tmp_path):
+    def make():
+        pop = Population(lambda s: MLP(DIGITS.shape, 10, (8,)), seeds=[0, 1])
+        return Trainer(pop, own_orders(DIGITS, pop), 'adam', lr=1e-2, batch_size=32, eval_every=0, device='cpu',
+                       callbacks=[L2Init([.1, 0.]), ContinualBackprop([.1, .05], maturity=2), ShrinkPerturb([1., .99], [0., .01])])
+    whole = make().fit(steps=14)
+    make().fit(steps=7).save(tmp_path)
+    second = make().load(tmp_path); second.fit(steps=7)
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+def test_units_are_found_again_after_another_edit():
+    from plasticity.edits import Widen
+    from plasticity.training import Callback
+    class Grow(Callback):
+        def after_step(self, t):
+            if t.step == 10: t.loss = t.logits = None; Widen('layers.0.linear', 4).apply(t.model, t.optimizer, DIGITS.probe(4)[0])
+    m, cb = net(widths=(8,)), ContinualBackprop(.2, maturity=6)
+    trained(m, cb, Grow(), steps=25)
+    assert m.layers[0].linear.weight.shape[0] == 12 and cb.sites[0].n == 12
+    assert max(u for r in cb.log if r['step'] > 16 for u in r['units']) > 7
 
 def test_members_refuse_what_they_cannot():
     pop = Population(lambda: MLP(64, 10, (8,)), 2)
