@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'probabilities', 'Ensemble', 'each', 'outputs']
 
-# %% ../nbs/14v_ensembles.ipynb #a885664d
+# %% ../nbs/14v_ensembles.ipynb #6fb472e6
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +15,7 @@ from .results import Table, did_you_mean
 from .structure import tensors_of
 from .training import evaluating
 
-# %% ../nbs/14v_ensembles.ipynb #7b30ed11
+# %% ../nbs/14v_ensembles.ipynb #bbe5837b
 MODES = 'average', 'progressive'
 
 def probabilities(
@@ -30,7 +30,7 @@ def _stackable(models):
     def form(m): return [(n, type(k)) for n, k in m.named_modules()], [(n, t.shape, t.dtype) for n, t in tensors_of(m).items()]
     return len(models) > 1 and all(form(m) == form(models[0]) for m in models[1:])
 
-# %% ../nbs/14v_ensembles.ipynb #f37f9a77
+# %% ../nbs/14v_ensembles.ipynb #4eb4f31b
 class Ensemble(nn.Module):
     "Several models that answer as one"
     def __init__(self,
@@ -67,7 +67,7 @@ class Ensemble(nn.Module):
     def forward(self, x): # (samples, outputs)
         with evaluating(self): return self.average(x) if self.mode == 'average' else self.progressive(x)
 
-# %% ../nbs/14v_ensembles.ipynb #490cc9b1
+# %% ../nbs/14v_ensembles.ipynb #c46624fb
 def each(
     models:list, # modules
     x # a batch
@@ -91,7 +91,7 @@ def outputs(models, x):
     if len(shapes) > 1: raise ValueError(f'snapshots: their outputs have shapes {sorted(shapes)}, takes members of one task')
     return torch.stack([made[i] for i in range(len(models))])
 
-# %% ../nbs/14v_ensembles.ipynb #f0105bee
+# %% ../nbs/14v_ensembles.ipynb #69cae273
 def _average(self, x): # (samples, outputs)
     "The weighted average of all members"
     z = outputs(list(self.members), x).float()
@@ -100,12 +100,12 @@ def _average(self, x): # (samples, outputs)
 
 Ensemble.average = _average
 
-# %% ../nbs/14v_ensembles.ipynb #37321727
+# %% ../nbs/14v_ensembles.ipynb #7c2e711d
 def _progressive(self, x): # (samples, outputs)
     "The answer of the first member that is sure"
     left, out, self.used = torch.arange(len(x), device=x.device), None, []
     for k, m in enumerate(self.members):
-        if not len(left): self.used.append(0); continue
+        if k and not len(left): self.used.append(0); continue
         z = m(x if len(left) == len(x) else x[left]).float()
         if z.ndim != 2: raise ValueError(f'mode: progressive takes logits (samples, classes), the members give {tuple(z.shape)}')
         p = z.softmax(-1)
@@ -118,7 +118,7 @@ def _progressive(self, x): # (samples, outputs)
 
 Ensemble.progressive = _progressive
 
-# %% ../nbs/14v_ensembles.ipynb #de381776
+# %% ../nbs/14v_ensembles.ipynb #d2fb0f34
 def _cost(self,
     in_shape=None # of one sample; the first member's own if None
 ) -> float: # floating-point operations for one sample, on average
@@ -135,7 +135,7 @@ def _score(self, x, y, in_shape=None) -> dict:
 
 Ensemble.cost, Ensemble.score = _cost, _score
 
-# %% ../nbs/14v_ensembles.ipynb #a3d8dd3c
+# %% ../nbs/14v_ensembles.ipynb #9b5039b9
 def _learn(self,
     x, # validation samples, as the members take them
     y, # their labels, or targets

@@ -6,17 +6,17 @@
 __all__ = ['PHASES', 'SnapshotManager', 'phase_of', 'SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore',
            'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #56488671
+# %% ../nbs/15_snapshots.ipynb #f2ad9a19
 from .deltas import SnapshotError # noqa: F401 this page's name too
 from .ensembles import Ensemble # noqa: F401 this page's name too
 from .store import Diff, Snapshot, SnapshotStore, StoreLocked, diff, load # noqa: F401 this page's names too
 from .structure import tensors_of
 from .training import Callback
 
-# %% ../nbs/15_snapshots.ipynb #7bc74278
+# %% ../nbs/15_snapshots.ipynb #cac627e3
 _all_ = ['SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore', 'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #f4ce5eba
+# %% ../nbs/15_snapshots.ipynb #c41c839f
 PHASES = dict(coarse=0, medium=50, fine=100) # name -> first epoch
 
 class SnapshotManager(SnapshotStore, Callback):
@@ -46,7 +46,7 @@ class SnapshotManager(SnapshotStore, Callback):
 
 def _count(n): return isinstance(n, int) and not isinstance(n, bool) and n > 0
 
-# %% ../nbs/15_snapshots.ipynb #2b64200a
+# %% ../nbs/15_snapshots.ipynb #6dea4e60
 def _after_edit(self, trainer, record):
     "An edit was made: it goes into the next snapshot"
     self.records.append(record)
@@ -65,7 +65,7 @@ def _after_step(self, trainer):
 
 SnapshotManager.after_edit, SnapshotManager._changed, SnapshotManager.after_step = _after_edit, _changed, _after_step
 
-# %% ../nbs/15_snapshots.ipynb #398e183a
+# %% ../nbs/15_snapshots.ipynb #8f849b78
 def phase_of(
     epoch:int, # epochs done
     phases:dict # name -> first epoch
@@ -103,7 +103,7 @@ def _thin(self):
 
 SnapshotManager.take, SnapshotManager._thin = _take, _thin
 
-# %% ../nbs/15_snapshots.ipynb #ee4dffd7
+# %% ../nbs/15_snapshots.ipynb #a61202fe
 def _before_fit(self, trainer):
     self.acquire()
     if self.saved is None: self.take(trainer, 'start')
@@ -134,7 +134,7 @@ def _after_fit(self, trainer):
 SnapshotManager.before_fit, SnapshotManager.on_log, SnapshotManager._better = _before_fit, _on_log, _better
 SnapshotManager.after_epoch, SnapshotManager.after_fit = _after_epoch, _after_fit
 
-# %% ../nbs/15_snapshots.ipynb #c63161a6
+# %% ../nbs/15_snapshots.ipynb #e7f746a3
 def _state_dict(self): return dict(value=self.value, reference=self.reference, saved=self.saved)
 def _load_state_dict(self, state): self.value, self.reference, self.saved = state['value'], state['reference'], state['saved']
 SnapshotManager.state_dict, SnapshotManager.load_state_dict = _state_dict, _load_state_dict

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'rea
            'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
            'diff']
 
-# %% ../nbs/14u_store.ipynb #717a89cd
+# %% ../nbs/14u_store.ipynb #8faacbc9
 import json, os, re, stat, time, uuid, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #5361eadf
+# %% ../nbs/14u_store.ipynb #84b9464e
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -46,6 +46,7 @@ class SnapshotStore:
     @property
     def index(self): return self.folder/'index.jsonl'
     def __len__(self): return len(self._shown())
+    def __bool__(self): return True # an empty store is a store
     def __iter__(self): return iter(self._shown())
     def __repr__(self): return repr(self.table) if self.table else f'{type(self).__name__}({self.folder.name}): no snapshots'
     def _repr_markdown_(self): return self.table._repr_markdown_() if self.table else repr(self)
@@ -69,7 +70,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #5659886e
+# %% ../nbs/14u_store.ipynb #648265ae
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -90,7 +91,7 @@ class Snapshot:
     @property
     def edits(self): return self.store._edits(self.entry)
 
-# %% ../nbs/14u_store.ipynb #5c90c7fa
+# %% ../nbs/14u_store.ipynb #02fada05
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -124,7 +125,7 @@ def _entry_ok(e):
             and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id'] and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #352ebbc2
+# %% ../nbs/14u_store.ipynb #3e51b37f
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -188,7 +189,7 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #f898fe86
+# %% ../nbs/14u_store.ipynb #d29e66be
 _MAYBE = type(None)
 _FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=(int, _MAYBE),
                tensors=dict, orders=dict, gone=list, trees=dict, history=(list, _MAYBE))
@@ -218,7 +219,7 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #c3212c18
+# %% ../nbs/14u_store.ipynb #92908e11
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
@@ -273,7 +274,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #36d92f94
+# %% ../nbs/14u_store.ipynb #d6183898
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -308,7 +309,7 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #f5ca5985
+# %% ../nbs/14u_store.ipynb #27a6b71e
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
     out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n, e in m['tensors'].items())
@@ -346,7 +347,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #a7490ef4
+# %% ../nbs/14u_store.ipynb #26171638
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -394,7 +395,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #4c14766a
+# %% ../nbs/14u_store.ipynb #15ba458b
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -407,7 +408,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #c3c97e8b
+# %% ../nbs/14u_store.ipynb #c8b28e71
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -437,7 +438,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #4507779a
+# %% ../nbs/14u_store.ipynb #d601be9a
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -487,7 +488,7 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #f48c4b6f
+# %% ../nbs/14u_store.ipynb #625e2bac
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
     return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect') and hasattr(m, 'keys')}
@@ -564,7 +565,7 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #bb816645
+# %% ../nbs/14u_store.ipynb #38c0adca
 def _packed(new, base, origins):
     "(manifest entries, pieces of the file, orders, names gone): what has changed since `base`, or everything"
     entries, pieces, same, orders = {}, {}, {}, {}
@@ -585,7 +586,7 @@ def _packed(new, base, origins):
     orders = {name: list(sizes) for (_, sizes), name in orders.items()}
     return entries, pieces, orders, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #7371629d
+# %% ../nbs/14u_store.ipynb #d3e3caaf
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
@@ -623,7 +624,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #0dde38c5
+# %% ../nbs/14u_store.ipynb #e48285d2
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -673,7 +674,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #7ac8572d
+# %% ../nbs/14u_store.ipynb #100c65cf
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -708,7 +709,7 @@ def _remembered(i, now, base, size):
     return dict(id=i, tensors=out, depth=base['depth'] + 1 if base else 0, room=size + (base['room'] if base else 0), links=now['links'],
                 history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs', 'frozen')})
 
-# %% ../nbs/14u_store.ipynb #4911f04d
+# %% ../nbs/14u_store.ipynb #05c2d147
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -773,7 +774,7 @@ def _told(manifests):
     spec = _inherited(manifests, 'spec')
     return None if spec is None else from_data(spec, {})
 
-# %% ../nbs/14u_store.ipynb #e7bdc474
+# %% ../nbs/14u_store.ipynb #f7fbe283
 @method(SnapshotStore)
 def _fill(self, model, spec, got, ms):
     "The model with the tensors of a snapshot"
@@ -809,7 +810,7 @@ def _state(self):
 
 Snapshot.state = _state
 
-# %% ../nbs/14u_store.ipynb #9e0f539b
+# %% ../nbs/14u_store.ipynb #202ab0ba
 @method(SnapshotStore)
 def _ids(self, given):
     "Ids of snapshots, names or places"
@@ -853,7 +854,7 @@ def _compact(self):
             self._last = None
         before, edits = i, []
 
-# %% ../nbs/14u_store.ipynb #8bad8d9d
+# %% ../nbs/14u_store.ipynb #b92c7a09
 @method(SnapshotStore)
 def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
     "Read every snapshot whole and check every sum"
@@ -870,7 +871,7 @@ def verify(self) -> Table: # id, file, bytes, state (ok, damaged, foreign), why
         if n not in known and not n.endswith('.damaged'): rows.append(dict(id=None, file=n, bytes=None, state='foreign', why='not of this store'))
     return Table(rows)
 
-# %% ../nbs/14u_store.ipynb #45e3399d
+# %% ../nbs/14u_store.ipynb #5c93654d
 @method(SnapshotStore)
 def repair(self) -> Table: # file, done
     "Make the store consistent again: keep every snapshot that is whole, put the others aside"
@@ -935,7 +936,7 @@ def _rewrite(self, hidden):
     self._mark = self._last = None
     self._tidy()
 
-# %% ../nbs/14u_store.ipynb #48845efb
+# %% ../nbs/14u_store.ipynb #23f5e8d2
 class Diff(Table):
     "What differs between two snapshots: a row for each tensor; `edits` are those between them"
     edits = ()

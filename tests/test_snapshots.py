@@ -542,3 +542,197 @@ def test_damaged_stores_are_refused_or_harmless(tmp_path):
         shutil.rmtree(folder)
     print(count)
     assert count['refused'] > n/2 and not Path('/tmp/plasticity_was_here').exists()
+
+# --- training goes on
+
+@pytest.fixture(scope='module')
+def data(): return get_data('digits').subset(train=256, test=128)
+
+class Grow(Callback):
+    "A policy of the test: widens or deepens at some steps, and counts"
+    def __init__(self, at, tell=True): self.at, self.tell, self.count = at, tell, 0
+    def after_step(self, trainer):
+        if trainer.step not in self.at: return
+        self.count += 1
+        with edit(trainer.model, trainer.optimizer, trainer.data.probe(8)[0]) as e:
+            if self.at[trainer.step] == 'deeper': e.deepen('layers.0')
+            else: e.widen('layers.0.linear', self.at[trainer.step])
+        if self.tell: trainer.call('after_edit', e.record)
+    def state_dict(self): return dict(count=self.count)
+    def load_state_dict(self, state): self.count = state['count']
+
+def trainer_of(model, data, manager, **options):
+    return Trainer(model, data, seed=3, callbacks=[Grow({3: 4, 9: 'deeper', 14: 2}), *([manager] if manager else [])], device='cpu', batch_size=32, **options)
+
+@pytest.mark.parametrize('options', [dict(optimizer='adam'), dict(optimizer='sgd', momentum=.9, lr=.05), dict(optimizer='noisy_sgd', clip=1.)])
+def test_training_goes_on_bit_for_bit(tmp_path, data, options):
+    def make(): return make_model('mlp', data.shape, 10, hidden_sizes=(12, 8), normalization='batch', dropout=.2, seed=0)
+    manager = SnapshotManager(tmp_path/'a', steps=range(5, 40, 4), sync=False)
+    whole = trainer_of(make(), data, manager, **options).fit(3)
+    manager.close()
+    assert [s.reason for s in manager].count('edit') == 3 and len(manager) > 6
+    for s in [manager[0], manager[3], manager[6], manager[-2]]:
+        half = manager.load(s, trainer=lambda m: trainer_of(m, data, SnapshotManager(tmp_path/f'b{s.id}', steps=range(5, 40, 4), sync=False), **options))
+        assert half.step == s.step and half.callbacks[0].count == sum(k <= s.step for k in (3, 9, 14))
+        half.fit()
+        half.callbacks[1].close()
+        assert image(half.model, half.optimizer) == image(whole.model, whole.optimizer)
+        assert [r for r in half.history] == [r for r in whole.history]
+    ready = trainer_of(make(), data, SnapshotManager(tmp_path/'c', steps=range(5, 40, 4), sync=False), **options)
+    assert manager.load(manager[4], trainer=ready) is ready
+    ready.fit(); assert image(ready.model, ready.optimizer) == image(whole.model, whole.optimizer)
+
+def test_the_manager_saves_when_it_should(tmp_path, data):
+    def run(name, epochs=4, callbacks=(), **options):
+        m = SnapshotManager(tmp_path/name, sync=False, **options)
+        net = make_model('mlp', data.shape, 10, hidden_sizes=(16,), seed=0)
+        t = Trainer(net, data, seed=0, lr=5e-3, callbacks=[*callbacks, m], device='cpu').fit(epochs)
+        m.close()
+        return m, t
+    m, t = run('gain', phases={})
+    acc = [r['accuracy'] for r in t.history if r['split'] == 'test']
+    due, last = [], acc[0]
+    for k, a in enumerate(acc[1:], 1):
+        if a >= last + .02: due.append(k); last = a
+    assert [s.epoch for s in m if s.reason == 'gain'] == due and due and [s.reason for s in m][0] == 'start'
+    m, t = run('steps', gain=None, steps=[2, 5], phases={})
+    assert [(s.step, s.reason) for s in m] == [(0, 'start'), (2, 'step'), (5, 'step'), (t.step, 'end')]
+    m, t = run('phases', gain=None, phases=dict(coarse=0, medium=2, fine=3))
+    assert [(s.phase, s.epoch, s.reason) for s in m] == [('coarse', 0, 'start'), ('coarse', 2, 'phase'), ('medium', 3, 'phase'), ('fine', 4, 'end')]
+    m, t = run('untold', gain=None, phases={}, callbacks=[Grow({3: 2, 5: 3}, tell=False)])
+    assert [s.reason for s in m] == ['start', 'edit', 'edit', 'end'] and image(m.load(-1)) == image(t.model)
+    m, t = run('last', keep=3, steps=2, gain=None, phases={})
+    assert len(m) == 3 and m[-1].step == t.step and image(m.load(-1)) == image(t.model) and len(list(m.folder.glob('*.safetensors'))) <= 23
+    m, t = run('best', keep=('best', 1), gain=.001, epochs=6, phases=dict(a=0, b=3))
+    best = max(s.accuracy for s in m if s.phase == 'b')
+    assert len(m) <= 3 and best == max(r['accuracy'] for r in t.history if r['split'] == 'test' and r['epoch'] > 3) or m[-1].accuracy <= best
+    m, t = run('light', training=False, gain=None, phases={})
+    with pytest.raises(SnapshotError, match='trainer'): m.load(-1, trainer=lambda n: Trainer(n, data, device='cpu'))
+    for bad in (dict(gain=0), dict(keep='some'), dict(keep=0), dict(keep=('best', 0)), dict(steps=0), dict(full_every=0)):
+        with pytest.raises(ValueError): SnapshotManager(tmp_path/'x', **bad)
+
+def test_saving_changes_nothing_of_a_run(tmp_path, data):
+    def run(*callbacks):
+        net = make_model('cnn', data.shape, 10, channels=(4,), hidden_sizes=(8,), dropout=.3, seed=0)
+        return Trainer(net, data, seed=0, callbacks=callbacks, device='cpu').fit(2)
+    a, b = run(), run(SnapshotManager(tmp_path/'a', steps=3, sync=False))
+    assert image(a.model, a.optimizer) == image(b.model, b.optimizer)
+
+def test_prune_keeps_what_it_keeps(tmp_path):
+    said = chain('mlp', tmp_path/'a', 9)
+    store = SnapshotStore(tmp_path/'a', full_every=4, sync=False)
+    store.prune(drop=[0, 3, 4], compact=False)
+    assert len(store) == 7 and [image(*s.load(optimizer=torch.optim.Adam)) for s in store] == [said[i] for i in (1, 2, 5, 6, 7, 8, 9)]
+    store.prune(keep=[1, 3, 6])
+    assert [image(*s.load(optimizer=torch.optim.Adam)) for s in store] == [said[i] for i in (2, 6, 9)] and len(list((tmp_path/'a').glob('*.safetensors'))) == 3
+    edits = [e['edit']['edit'] for s in store for e in s.edits]
+    store.close()
+    again = SnapshotStore(tmp_path/'a')
+    assert [s.id for s in again] == [2, 6, 9] and set(again.verify().column('state')) == {'ok'} and len(edits) >= 9
+    with pytest.raises(ValueError, match='keep'): again.prune()
+    with pytest.raises(ValueError): again.prune(keep=0)
+    again.prune(drop=[again[0], again[1], again[2]]); assert len(again) == 0 and again.save(small()).id == 10
+
+def test_errors_are_for_people(tmp_path):
+    store = SnapshotStore(tmp_path/'a', sync=False)
+    assert len(store) == 0 and 'no snapshots' in repr(store)
+    with pytest.raises(IndexError): store.load(-1)
+    with pytest.raises(TypeError, match='model'): store.save('x')
+    with pytest.raises(TypeError, match='note'): store.save(small(), note=[1])
+    with pytest.raises(TypeError, match='state'): store.save(small(), state=dict(f=print))
+    store.save(small(), name='first', loss=float('nan'))
+    with pytest.raises(KeyError, match='first'): store['frist']
+    assert store['first'].loss is None if 'loss' in store['first'].about else True
+    with pytest.raises(AttributeError, match='no'): store[0].accuracy_
+    with pytest.raises(SnapshotError, match='optimizer'): store.load(0, optimizer=torch.optim.Adam)
+    other = SnapshotStore(tmp_path/'b', sync=False); other.save(small())
+    with pytest.raises(ValueError, match='store|snapshot'): diff(store[0], other[0])
+    assert load(store[0]).spec['name'] == 'mlp' and set(diff(store[0], store[0]).column('change')) == {'same'}
+    (tmp_path/'f').write_text('x')
+    with pytest.raises(SnapshotError, match='no folder|cannot'): len(SnapshotStore(tmp_path/'f'))
+
+def test_a_standard_reader_reads_the_files(tmp_path):
+    from safetensors import safe_open
+    store, net = SnapshotStore(tmp_path/'a', sync=False), small()
+    s = store.save(net)
+    with safe_open(str(store.folder/s.entry['file']), 'pt') as f:
+        assert torch.equal(f.get_tensor('model/head.weight'), net.head.weight) and json.loads(f.metadata()['snapshot'])['id'] == 0
+
+def test_a_state_of_anything_comes_back(tmp_path):
+    tree = dict(a=(1, 2.5, None, 'x', True), b=[dict(c=torch.arange(3), d=float('inf'))], e=list(range(200)), f=(0,)*70, g={1: 2, 'k': {}})
+    store = SnapshotStore(tmp_path/'a', sync=False)
+    s = store.save(small(), state=tree)
+    got = s.state
+    assert got['a'] == tree['a'] and got['b'][0]['c'].tolist() == [0, 1, 2] and got['b'][0]['d'] == float('inf')
+    assert got['e'] == tree['e'] and got['f'] == tree['f'] and got['g'] == tree['g']
+
+def test_growing_and_sparse_networks_of_other_chapters(tmp_path):
+    pytest.importorskip('plasticity.growing')
+    from plasticity.growing import DynamicExpandableNetwork
+    net, store = DynamicExpandableNetwork(2, 1, [16, 16]), SnapshotStore(tmp_path/'a', sync=False)
+    said = []
+    for k in range(4):
+        store.save(net); said.append(image(net))
+        net.expand_depth(1) if k == 1 else net.expand_layer_width(0, 3)
+        with torch.no_grad(): [p.add_(.01) for p in net.parameters()]
+    assert [image(s.load(DynamicExpandableNetwork)) for s in store] == said      # the function gets the spec that was saved
+    net = store.load(-1, model=DynamicExpandableNetwork); net.expand_layer_width(0, 2)
+    assert net(torch.randn(3, 2)).shape == (3, 1)
+
+# --- ensembles
+
+def nets(n=3, hidden=(16,), kind='mlp', **options): return [make_model(kind, (1, 8, 8), 10, hidden_sizes=hidden, seed=i, **options) for i in range(n)]
+
+@pytest.mark.parametrize('of', ['logits', 'probabilities'])
+def test_an_ensemble_is_the_average(tmp_path, of):
+    x, store = torch.randn(50, 1, 8, 8), SnapshotStore(tmp_path/'a', sync=False)
+    models = [*nets(2), make_model('cnn', (1, 8, 8), 10, channels=(4,), normalization='batch', seed=9)]
+    for m in models: store.save(m.eval())
+    for weights in (None, [1, 2, 3.]):
+        got, w = Ensemble(list(store), weights, of=of)(x), torch.tensor(weights or [1, 1, 1.])
+        with torch.no_grad(): z = [m(x) if of == 'logits' else m(x).softmax(1) for m in models]
+        want = sum(a*b for a, b in zip(w/w.sum(), z, strict=True))
+        assert (got - want).abs().max() <= 1e-6*max(1, want.abs().max())
+
+def test_progressive_ends(tmp_path):
+    x, models = torch.randn(200, 1, 8, 8), [m.eval() for m in (*nets(1, (4,)), *nets(1, (32,)), *nets(1, (64,)))]
+    with torch.no_grad(): z = [m(x) for m in models]
+    for of in ('logits', 'probabilities'):
+        want = [v if of == 'logits' else v.softmax(1) for v in z]
+        assert torch.equal(Ensemble(models, mode='progressive', confidence=0., of=of)(x), want[0])
+        assert torch.equal(Ensemble(models, mode='progressive', confidence=1., of=of)(x), want[-1])
+        e = Ensemble(models, mode='progressive', confidence=.2, of=of); got = e(x)
+        p = [v.softmax(1).amax(1) for v in z]
+        first = torch.where(p[0] > .2, 0, torch.where(p[1] > .2, 1, 2))
+        hand = torch.stack(want)[first, torch.arange(200)]
+        assert (got - hand).abs().max() < 1e-6 and e.used == [200, int((first > 0).sum()), int((first > 1).sum())]
+    sure = nn.Linear(4, 2); sure.weight.data.fill_(0); sure.bias.data = torch.tensor([1000., 0.])      # exactly 1
+    other = nn.Linear(4, 2)
+    assert torch.equal(Ensemble([sure, other], mode='progressive', confidence=1.)(torch.ones(3, 4)), other(torch.ones(3, 4)))
+    assert Ensemble(models, mode='progressive')(x[:0]).shape == (0, 10)
+
+def test_ensemble_weights_are_learned_and_errors_said():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 6, generator=g), torch.randint(3, (400,), generator=g)
+    good, bad = nn.Linear(6, 3), nn.Linear(6, 3)
+    x[torch.arange(400), y] += 4; good.weight.data = torch.eye(3, 6)*2; good.bias.data.zero_()
+    for of in ('logits', 'probabilities'):
+        e = Ensemble([good, bad], of=of).learn(x, y)
+        assert e.weights[0] > .8 and abs(float(e.weights.sum()) - 1) < 1e-6
+    r = Ensemble([good, bad]); t = (.3*good(x) + .7*bad(x)).detach()
+    assert (r.learn(x, t).weights - torch.tensor([.3, .7])).abs().max() < 1e-2
+    for k, v in dict(weights=[1], mode='best', confidence=2., of='x').items():
+        with pytest.raises(ValueError, match=k): Ensemble([good, bad], **{k: v})
+    for w in ([-1., 2], [0, 0], [float('nan'), 1]):
+        with pytest.raises(ValueError, match='weights'): Ensemble([good, bad], weights=w)
+    with pytest.raises(ValueError, match='snapshots'): Ensemble([])
+    with pytest.raises(ValueError, match='shapes'): Ensemble([good, nn.Linear(6, 4)])(x)
+
+def test_members_of_one_shape_go_together():
+    models, calls = nets(4), []
+    for m in models: m.eval().layers[0].linear.register_forward_hook(lambda *a: calls.append(1))
+    x = torch.randn(9, 1, 8, 8)
+    got = Ensemble(models)(x)
+    assert len(calls) == 1 or len(calls) == 4      # vmapped: the hook of one module runs once
+    assert len(calls) == 1
+    with torch.no_grad(): assert (got - sum(m(x) for m in models)/4).abs().max() < 1e-6
