@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TASKS', 'STARTS', 'Expandable', 'Heads', 'Layer', 'OpenSession', 'session', 'signature', 'calls', 'groups',
            'get_layer_sizes', 'get_num_parameters', 'attach', 'orthogonal', 'Orthogonal', 'layer', 'expand_layer_width',
-           'get_layer_sizes_index', 'change', 'place', 'expand_depth', 'layer_numbers', 'unit_importance',
-           'analyze_layer_importance', 'shrink_layer_width', 'DynamicExpandableNetwork', 'grow', 'add_head', 'use_head',
-           'get_extra_state', 'set_extra_state', 'write_file', 'read_file', 'save_checkpoint', 'load_checkpoint',
-           'flops']
+           'get_layer_sizes_index', 'change', 'remember', 'undo', 'settle', 'place', 'expand_depth', 'layer_numbers',
+           'unit_importance', 'analyze_layer_importance', 'shrink_layer_width', 'DynamicExpandableNetwork', 'grow',
+           'add_head', 'use_head', 'get_extra_state', 'set_extra_state', 'write_file', 'read_file', 'save_checkpoint',
+           'as_saved', 'load_checkpoint', 'flops']
 
 # %% ../nbs/09b_growing.ipynb #c0203454
 import itertools, json
@@ -26,7 +26,7 @@ from .starts import sources, spread
 from .surgery import Surgeon
 from .tensors import find, set_data
 from .training import pack, unpack
-from .trial import as_examples, quiet
+from .trial import as_examples, quiet, tensors_in
 from .units import units
 
 # %% ../nbs/09b_growing.ipynb #f9ed6057
@@ -89,6 +89,7 @@ class Layer:
 # %% ../nbs/09b_growing.ipynb #f0d79659
 class OpenSession(edit):
     "A session that goes on from growth to growth, each of which happens or does not"
+    held = None # what going back needs, once somebody asked
     def do(self, change):
         self.caught_up()
         plan = change.plan(self)
@@ -273,9 +274,31 @@ def _close(self, session):
     record, s = EditRecord.of(session), session.surgeon
     for op in s.ops:
         if op['op'] == 'insert': self.structure.append({k: op[k] for k in ('op', 'parent', 'name', 'spec')})
+    if session.held is not None: session.held += s.journal
     for part in (s.ops, s.undo, s.journal, session.log): part.clear()
     self._seen = self.signature()
     return record
+
+# %% ../nbs/09b_growing.ipynb #1a7212ae
+@method(Expandable)
+def remember(self):
+    "A place to `undo` to"
+    session = self.session()
+    session.held = []  # journals of the growths from here on
+    return session, len(self.events), len(self.structure), list(self.layer_numbers())
+
+@method(Expandable)
+def undo(self, mark):
+    "Everything as it was at `mark`"
+    session, events, structure, numbers = mark
+    while session.held: session.held.pop()()
+    del self.events[events:], self.structure[structure:]
+    self.numbers, self._session = numbers, None
+
+@method(Expandable)
+def settle(self):
+    "What was done stays; the memory for going back is given up"
+    if self._session is not None: self._session.held = None
 
 # %% ../nbs/09b_growing.ipynb #ca816bc0
 @method(Expandable)
@@ -426,7 +449,8 @@ def grow(
     "Make a model expandable"
     if isinstance(model, Expandable): return model.attach(optimizer or model.optimizer)
     if examples is None:
-        if getattr(model, 'spec', None) is None: raise TypeError('examples: got None, takes an input of the model; only models with a `spec` can do without')
+        if getattr(model, 'spec', None) is None:
+            raise TypeError('examples: got None, takes an input of the model; only models with a `spec` can do without')
         shape = model.spec['in_shape']
         examples = torch.randn(2, *((shape,) if isinstance(shape, int) else shape), generator=generator(0, 'examples'))
     return Expandable(model, examples, **options).attach(optimizer)
@@ -490,7 +514,8 @@ def _load_from_state_dict(self, state_dict, prefix, *rest):
 def _repeat(self, structure):
     "Put in the layers that another network of the same beginning has"
     n = len(self.structure)
-    if structure[:n] != self.structure: raise ValueError('state: it is of a network that got other layers than this one; load it into a fresh one')
+    if structure[:n] != self.structure:
+        raise ValueError('state: it is of a network that got other layers than this one; load it into a fresh one')
     surgeon = Surgeon(self, self.optimizer)
     for op in structure[n:]:
         if op['op'] == 'head': self.add_head(op['output_size']); continue
@@ -545,8 +570,13 @@ def save_checkpoint(self,
     path # of the file
 ) -> Path:
     "Write the network: how it began, what was put in, all tensors"
+    return write_file(path, self.as_saved())
+
+@method(Expandable)
+def as_saved(self):
+    "What a file holds of the network"
     spec = None if self.spec is None else {k: list(v) if isinstance(v, tuple) else v for k, v in self.spec.items()}
-    return write_file(path, dict(spec=spec, state=self.state_dict()))
+    return dict(spec=spec, state=self.state_dict())
 
 @method(Expandable)
 def load_checkpoint(self,
@@ -576,5 +606,6 @@ DynamicExpandableNetwork.from_checkpoint = _from_checkpoint
 @method(Expandable)
 def flops(self) -> int: # of one forward pass of one sample
     "What a sample costs now"
-    (args, _), = as_examples(self.calls()[0])
-    with quiet(self): return plasticity.models.flops(self, tuple(args[0].shape[1:]))
+    (args, kwargs), = as_examples(self.calls()[0])
+    x = tensors_in([args, kwargs])[0]
+    with quiet(self): return plasticity.models.flops(self, tuple(x.shape[1:]))

@@ -182,14 +182,16 @@ def test_norms_that_mix_units():
     (lambda n: n.expand_layer_width(0, 0), 'num_neurons'), (lambda n: n.expand_layer_width(0, 1.5), 'num_neurons'),
     (lambda n: n.expand_layer_width(0, True), 'num_neurons'), (lambda n: n.expand_layer_width(0, 4, start='zeros'), 'zero'),
     (lambda n: n.expand_layer_width(0, 4, start='gradmax'), 'data'), (lambda n: n.expand_depth(3), 'position'),
-    (lambda n: n.expand_depth(-4), 'position'), (lambda n: n.expand_depth(0, 0), 'num_neurons'), (lambda n: n.expand_layer_width('x', 1), 'x')])
+    (lambda n: n.expand_depth(-4), 'position'), (lambda n: n.expand_depth(0, 0), 'num_neurons'),
+    (lambda n: n.expand_layer_width('x', 1), 'x')])
 def test_wrong_arguments(call, says):
     net, *_ = trained(steps=1)
     with pytest.raises((ValueError, KeyError), match=says): call(net)
     assert net.get_layer_sizes() == [7, 5]
 
 @pytest.mark.parametrize('options, says', [(dict(hidden_sizes=(0,)), 'hidden_sizes'), (dict(activation='rellu'), 'relu'),
-                                           (dict(task_type='regresion'), 'regression'), (dict(dropout=1.5), 'dropout'), (dict(model='mpl'), 'mlp')])
+                                           (dict(task_type='regresion'), 'regression'), (dict(dropout=1.5), 'dropout'),
+                                           (dict(model='mpl'), 'mlp')])
 def test_wrong_networks(options, says):
     with pytest.raises(ValueError, match=says): DynamicExpandableNetwork(6, 2, **options)
 

@@ -1,0 +1,274 @@
+"Strategies keep their counters, limits hold, the front keeps its promises"
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from plasticity.expandable import (STRATEGIES, ActivityBasedGrowth, AdaptiveGrowth, DENTrainer, DynamicExpandableNetwork,
+                                   GradientBasedGrowth, Growth, GrowthStrategy, LossBasedGrowth, analyze_layer_importance, as_samples,
+                                   export_onnx, grow, growth_summary, perform, plot_river, plot_training_history, prune_back,
+                                   visualize_network_architecture)
+from plasticity.edits import Widen
+from plasticity.models import make_model
+from plasticity.training import Trainer
+
+torch.set_num_threads(1)
+SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+def data(n=60, seed=0, classes=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=g)
+    return (x, torch.randint(classes, (n,), generator=g)) if classes else (x, torch.sin(3*x[:, :1]))
+
+def network(**options):
+    torch.manual_seed(0)
+    return DynamicExpandableNetwork(4, 1, [3, 3], **options)
+
+class Scripted(GrowthStrategy):
+    "Grows when asked, and notes when it was"
+    def __init__(self, **options): super().__init__(**options); self.asked = []
+    def should_grow(self, metrics, network, epoch): self.asked.append(epoch); return True, 'script'
+    def determine_growth_action(self, metrics, network): return dict(type='width', layer_idx=0, num_neurons=4)
+
+@given(cooldown=st.integers(0, 5), epochs=st.integers(1, 16))
+@settings(max_examples=10, **SLOW)
+def test_cooldown_is_exact(cooldown, epochs):
+    t = DENTrainer(network(), Scripted(cooldown=cooldown), device='cpu')
+    h = t.train(data(), epochs=epochs)
+    want = [e for e in range(1, epochs + 1, cooldown + 1) if epochs - e >= max(1, cooldown)]
+    assert [e['epoch'] for e in h['growth_events']] == want == t.growth_strategy.asked
+
+@given(st.lists(st.sampled_from([1., .9, .8, .5, .4999, float('nan')]), min_size=1, max_size=25), st.integers(1, 4))
+@settings(max_examples=60, **SLOW)
+def test_patience_is_exact(losses, patience):
+    s, best, wait = LossBasedGrowth(patience=patience, min_delta=1e-2), float('inf'), 0
+    for i, v in enumerate(losses):
+        if v < best - 1e-2: best, wait = v, 0
+        else: wait += 1
+        assert s.should_grow(dict(loss=v), None, i)[0] == (wait >= patience)
+        if wait >= patience: s.begin(); best, wait = float('inf'), 0
+
+def test_the_transient_of_a_growth_triggers_nothing():
+    "A loss that jumps after growth and then falls is not taken for a plateau, however high it stays"
+    class Jump(LossBasedGrowth):
+        def should_grow(self, metrics, network, epoch):
+            loss = 1. if epoch <= 5 else 9. - .1*epoch
+            return super().should_grow(dict(metrics, loss=loss), network, epoch)
+    h = DENTrainer(network(), Jump(patience=3, cooldown=2), device='cpu').train(data(), epochs=30)
+    assert [e['epoch'] for e in h['growth_events']] == [4]
+
+@given(limit=st.integers(20, 90), k=st.sampled_from([1, 5, 40]), kind=st.sampled_from(['width', 'depth']))
+@settings(max_examples=12, **SLOW)
+def test_size_limit(limit, k, kind):
+    class Some(Scripted):
+        def determine_growth_action(self, metrics, network):
+            at = dict(layer_idx=1) if kind == 'width' else dict(position=1)
+            return dict(type=kind, num_neurons=k) | at
+    net = network()
+    before = net.get_num_parameters()
+    h = DENTrainer(net, Some(cooldown=0, max_network_size=limit), device='cpu').train(data(), epochs=6)
+    now = net.get_num_parameters()
+    assert now <= max(limit, before) and now == sum(p.numel() for p in net.parameters())
+    if kind == 'width' and limit >= before and k == 40: assert now + 5 > limit  # a unit costs five here
+    assert len(h['num_parameters']) == 6 and h['num_parameters'][-1] == now
+
+def test_flops_budget():
+    net = network()
+    x, y = data()
+    free = 3*net.flops()*len(x)*10
+    small = DENTrainer(net, Scripted(cooldown=0, flops_budget=1.2*free), device='cpu').train((x, y), epochs=10)
+    assert small['flops'][-1] <= 1.2*free and sum(small['layer_sizes'][-1]) > 6
+    none = DENTrainer(network(), Scripted(cooldown=0, flops_budget=free), device='cpu').train((x, y), epochs=10)
+    assert not none['growth_events'] and none['flops'][-1] == free
+
+def test_flops_are_counted():
+    net = network()
+    h = DENTrainer(net, device='cpu', callbacks=[g := Growth(Scripted(cooldown=3))]).train(data(), epochs=4)
+    per = [2*(4*n + n*3 + 3) for n in (3, 7, 7, 7)]
+    assert h['flops'] == [3*60*sum(per[:i + 1]) for i in range(4)] and g.spent == h['flops'][-1]
+
+@pytest.mark.parametrize('name', list(STRATEGIES))
+def test_every_strategy_grows_and_saves(name, tmp_path):
+    def make():
+        kw = dict(patience=2, cooldown=1) | dict(loss=dict(min_delta=1.), gradient=dict(gradient_threshold=1e-6, min_delta=1.),
+                                                 activity=dict(activity_threshold=.1), adaptive=dict(loss_threshold=1.))[name]
+        return DENTrainer(network(), STRATEGIES[name](**kw), device='cpu', learning_rate=1e-2)
+    a = make()
+    h = a.train(data(), epochs=9)
+    assert h['growth_events'] and all(abs(e['loss_after']/e['loss_before'] - 1) < 1e-3 for e in h['growth_events'])
+    a.save_checkpoint(tmp_path/'c.pt')
+    b = make().load_checkpoint(tmp_path/'c.pt')
+    assert b.growth_strategy.state_dict() == a.growth_strategy.state_dict() and b.growth.rest == a.growth.rest
+    assert b.network.get_layer_sizes() == a.network.get_layer_sizes()
+    ha, hb = (t.train(data(), epochs=8) for t in (a, b))
+    assert ha['train_loss'] == hb['train_loss'] and ha['growth_events'] == hb['growth_events']
+    for p, q in zip(a.network.parameters(), b.network.parameters(), strict=True): assert torch.equal(p, q)
+
+def test_adaptive_goes_deeper_when_wider_did_not_help():
+    s = AdaptiveGrowth(patience=1, cooldown=0, loss_threshold=10., gradient_threshold=0., max_depth=3)
+    net = network()
+    h = DENTrainer(net, s, device='cpu').train(data(), epochs=8)
+    kinds = [e['type'] for e in h['growth_events']]
+    assert kinds[:2] == ['width', 'depth'] and len(net.get_layer_sizes()) == 3 and 'depth' not in kinds[2:]
+
+def test_gradient_metrics_are_the_gradients():
+    seen = {}
+    class Look(GrowthStrategy):
+        needs = 'gradients',
+        def should_grow(self, metrics, network, epoch): seen.update(metrics); return False, None
+    net = network()
+    x, y = data()
+    first = [p.detach().clone() for p in net.parameters()]
+    DENTrainer(net, Look(), device='cpu', batch_size=60, learning_rate=0.).train((x, y), epochs=7)
+    assert all(torch.equal(a, b) for a, b in zip(first, net.parameters(), strict=True))
+    net.zero_grad(); F.mse_loss(net(x), y).backward()
+    whole = torch.stack([p.grad.norm() for p in net.parameters()]).norm().item()
+    assert abs(seen['gradient_norm']/whole - 1) < 1e-4
+    assert seen['layer_gradients'] == pytest.approx([x.made.grad.norm().item()/3 for x in net.layers], rel=1e-4)
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: LossBasedGrowth(patience=0), 'patience'), (lambda: LossBasedGrowth(cooldown=-1), 'cooldown'),
+    (lambda: LossBasedGrowth(max_neurons_per_expansion=0), 'max_neurons'), 
+    (lambda: AdaptiveGrowth(max_network_size=0), 'max_network_size'),
+    (lambda: GradientBasedGrowth(gradient_threshold=-1), 'gradient_threshold'),
+    (lambda: ActivityBasedGrowth(activity_threshold=2), 'activity'),
+    (lambda: Growth('los'), 'loss'), (lambda: perform(network(), dict(type='wide')), 'width'),
+    (lambda: DENTrainer(network(), device='cpu', optimizer='adm'), 'adam'),
+    (lambda: as_samples(torch.zeros(3, 2), torch.zeros(2)), '3 inputs'),
+    (lambda: as_samples(torch.zeros(0, 2), torch.zeros(0)), 'no samples'), (lambda: DENTrainer(network(), device='gpu'), 'device'),
+    (lambda: as_samples(torch.zeros(3, 2), torch.zeros(3), 'classification'), 'class numbers'),
+    (lambda: DENTrainer(network(), device='cpu').continual_learning(data(), rehearsal=1.), 'rehearsal'),
+    (lambda: DENTrainer(network(), device='cpu').continual_learning(data(), rehearsal=.5), 'nothing was learned'),
+    (lambda: DENTrainer(network(), device='cpu').evaluate(), 'nothing'), (lambda: plot_river([dict(epoch=1)]), 'sizes')])
+def test_errors(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+def test_errors_of_type():
+    with pytest.raises(TypeError, match='grow'): DENTrainer(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match='data'): DENTrainer(network(), device='cpu').train('data')
+    with pytest.raises(TypeError, match='patience'): Scripted(patiense=3)
+
+@pytest.mark.parametrize('optimizer', ['adam', 'sgd', 'rmsprop', torch.optim.AdamW])
+def test_optimizers(optimizer):
+    t = DENTrainer(network(), Scripted(cooldown=1), optimizer=optimizer, device='cpu')
+    h = t.train(data(), epochs=5)
+    assert len(h['growth_events']) == 2 and np.isfinite(h['train_loss']).all()
+    assert {id(p) for g in t.optimizer.param_groups for p in g['params']} == {id(p) for p in t.network.parameters()}
+
+def test_all_kinds_of_data():
+    class Pairs(Dataset):
+        def __len__(self): return 30
+        def __getitem__(self, i): return torch.full((4,), float(i)), i % 3
+    x, y = data(30, classes=3)
+    given = [(x, y), (x.numpy(), y.numpy()), TensorDataset(x, y), DataLoader(TensorDataset(x, y), 8), Pairs()]
+    given.append(DataLoader(Pairs(), 8, shuffle=True))
+    for d in given:
+        net = DynamicExpandableNetwork(4, 3, [5], task_type='classification')
+        t = DENTrainer(net, device='cpu')
+        h = t.train(d, epochs=2, val_loader=d)
+        assert len(h['val_accuracy']) >= 2 and set(t.evaluate(d)) == {'loss', 'accuracy'}
+        assert t.trainer.batch_size == (8 if isinstance(d, DataLoader) else 32)
+        assert t.predict(d if isinstance(d, (Dataset, DataLoader)) else d[0]).shape == (30, 3)
+
+def test_one_column_of_targets():
+    "A flat regression target is a column: no broadcasting to a square"
+    x, y = data()
+    a, b = (DENTrainer(network(), device='cpu').train((x, t), epochs=2)['train_loss'] for t in (y, y[:, 0]))
+    assert a == b
+
+def test_images_and_a_convolutional_body():
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 3, 8, 8), torch.randint(3, (24,))
+    net = DynamicExpandableNetwork((3, 8, 8), 3, model='cnn', channels=(3, 4), hidden_sizes=(5,), normalization='batch', dropout=.1,
+                                   task_type='classification')
+    h = DENTrainer(net, AdaptiveGrowth(patience=1, cooldown=1, loss_threshold=9.), device='cpu', batch_size=8).train((x, y), epochs=6)
+    assert h['growth_events'] and all(abs(e['loss_after'] - e['loss_before']) < 1e-4*e['loss_before'] for e in h['growth_events'])
+
+def test_growing_does_not_change_the_run():
+    "A strategy that never grows leaves the same bits as none, and so does one that is switched off"
+    class Never(GrowthStrategy):
+        needs = 'gradients', 'activity'
+        def should_grow(self, metrics, network, epoch): return False, None
+    runs = [DENTrainer(network(dropout=.2), s, device='cpu').train(data(), epochs=4, enable_growth=e)['train_loss']
+            for s, e in ((None, True), (Never(), True), (Scripted(), False))]
+    assert runs[0] == runs[1] == runs[2]
+
+def test_the_one_trainer_with_a_foreign_model():
+    from plasticity.data import get_data
+    d = get_data('synthetic_regression', n=100)
+    model = make_model('mlp', d.shape, d.num_classes, seed=0, hidden_sizes=(4,))
+    g = Growth(Scripted(cooldown=1))
+    Trainer(model, d, device='cpu', callbacks=[g]).fit(4)
+    assert model.sizes()['hidden_sizes'] == (12,) and len(g.events) == 2
+
+def test_actions():
+    net = network()
+    perform(net, dict(type='width', layer_idx=-1, num_neurons=2)); perform(net, dict(type='depth', position=0, num_neurons=2))
+    perform(net, dict(type='prune', layer_idx=1, num_neurons=1)); perform(net, Widen(net.layers[1].group, 3))
+    assert net.get_layer_sizes() == [2, 5, 5] and [e['type'] for e in net.events] == ['width', 'depth', 'prune', 'widen']
+
+@pytest.mark.parametrize('change', [lambda n: n.expand_layer_width(0, 3), lambda n: n.expand_depth(1, 7),
+                                    lambda n: n.shrink_layer_width(0, 2)])
+def test_undo(change):
+    net = network()
+    opt = torch.optim.Adam(net.parameters())
+    net(data()[0]).sum().backward(); opt.step(); net.attach(opt)
+    net.layer_numbers()
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, [v.clone() for s in opt.state.values() for v in s.values()]
+    mark = net.remember()
+    change(net)
+    net.undo(mark)
+    after = net.state_dict()
+    assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
+    assert all(torch.equal(a, b) for a, b in zip(state, [v for s in opt.state.values() for v in s.values()], strict=True))
+    net.expand_layer_width(0, 2); net.expand_depth(0)
+
+def test_freezing_keeps_old_tasks_to_the_bit():
+    net = DynamicExpandableNetwork(4, 1, [6, 6], 'tanh', normalization='batch')
+    t = DENTrainer(net, Scripted(cooldown=1), device='cpu', optimizer='adam', learning_rate=.05)
+    t.train(data(), epochs=3)
+    old = t.predict(data(seed=5)[0])
+    net.add_head(1)
+    t.continual_learning(data(seed=9), epochs=6, freeze=True)
+    new = t.evaluate(data(seed=9))['loss']
+    net.use_head(0)
+    assert torch.allclose(t.predict(data(seed=5)[0]), old, atol=1e-6) and net.get_layer_sizes()[0] > 10 and new < 1.5
+    assert not any(type(c).__name__ == 'Frozen' for c in t.trainer.callbacks)
+
+def test_prune_back_keeps_the_loss():
+    t = DENTrainer(network(), device='cpu', learning_rate=.01)
+    t.train(data(), epochs=30)
+    t.network.expand_layer_width(0, 20)
+    before = t.evaluate()['loss']
+    assert prune_back(t, .01) >= 20 and t.evaluate()['loss'] <= before*1.01
+
+def test_pictures(tmp_path):
+    t = DENTrainer(network(), Scripted(cooldown=1), device='cpu')
+    h = t.train(data(), epochs=5, val_loader=data(seed=1))
+    for i, fig in enumerate([plot_training_history(h, tmp_path/'a.png'), plot_river(h), plot_training_history(t.trainer),
+                             visualize_network_architecture(t.network, tmp_path/'b.png')]):
+        fig.savefig(tmp_path/f'{i}.png')
+    assert len(growth_summary(h)) == len(h['growth_events']) == 2 and (tmp_path/'b.png').stat().st_size > 1000
+    plot_training_history(DENTrainer(network(), device='cpu').train(data(), epochs=2))
+    assert analyze_layer_importance(t.network).column('units') == t.network.get_layer_sizes()
+
+def test_onnx(tmp_path):
+    for name in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(name)
+    nets = [network(), DynamicExpandableNetwork((3, 8, 8), 3, model='cnn', channels=(3,), hidden_sizes=(4,), normalization='batch')]
+    for i, net in enumerate(nets):
+        for j in range(2): net.expand_layer_width(j, 3)
+        net.expand_depth(1)
+        assert export_onnx(net, tmp_path/f'{i}.onnx') < 1e-5
+
+def test_onnx_missing(monkeypatch, tmp_path):
+    import sys
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(ImportError, match='pip install'): export_onnx(network(), tmp_path/'x.onnx')
+
+def test_grow_again_is_the_same_object():
+    net = network()
+    assert grow(net) is net
+    with pytest.raises(TypeError, match='examples'): grow(nn.Linear(2, 2))
