@@ -39,7 +39,7 @@ def _relinked(surgeon, path, change, values=None, kept=None):
     for n, order in orders.items():
         gone = torch.ones(len(slots[n][0].tensor), dtype=torch.bool); gone[order[order >= 0]] = False
         lost[n] = {s.path: s.tensor[gone.to(s.tensor.device)] for s in slots[n] if s.path != 'grad'}
-        moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state')
+        moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state') or s.path in (kept or {}).get(n, {})
                   or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
         news = [(s, _reordered(s, order, (kept or {}).get(n, {}).get(s.path), values)) for s in moving]
         for s, v in news: # `back` puts the old gradient back, once the links it fits are there

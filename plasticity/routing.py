@@ -7,7 +7,7 @@ __all__ = ['ROUTERS', 'activity', 'find_extrema', 'Proposal', 'ConnectionRouter'
            'clone', 'clone_into', 'RandomRouter', 'link_gradients', 'GradientRouter', 'SetRouter', 'NoRouter',
            'make_router']
 
-# %% ../nbs/13g_routing.ipynb #aa4db273
+# %% ../nbs/13g_routing.ipynb #40168b67
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from .results import did_you_mean, generator, method
 from .sparse import draw_places
 
-# %% ../nbs/13g_routing.ipynb #c1ca1d75
+# %% ../nbs/13g_routing.ipynb #4c163103
 @torch.no_grad()
 def activity(
     network, # a MinimalNetwork
@@ -33,7 +33,7 @@ def activity(
     if not n: raise ValueError('window: got no samples, takes at least one batch')
     return [dict(mean=(a/n).cpu(), zero=(b/n).cpu()) for a, b in sums]
 
-# %% ../nbs/13g_routing.ipynb #0e117da6
+# %% ../nbs/13g_routing.ipynb #e2590dae
 def find_extrema(
     seen, # of `activity`
     activation:str='tanh', # of the hidden layers
@@ -55,7 +55,7 @@ def find_extrema(
         out.append(dict(high=order[is_high[order]].flip(0), low=order[is_low[order]], quiet=order[~(is_high | is_low)[order]]))
     return out
 
-# %% ../nbs/13g_routing.ipynb #f8dd3205
+# %% ../nbs/13g_routing.ipynb #622230dc
 @dataclass
 class Proposal:
     "What a growth would do"
@@ -77,7 +77,7 @@ class Proposal:
         new = sum(map(len, self.units.values()))
         return f'Proposal({len(self.links)} links, {self.structures} structures, {new} new units, {len(self.remove)} links to remove)'
 
-# %% ../nbs/13g_routing.ipynb #afbe7d8b
+# %% ../nbs/13g_routing.ipynb #218bc651
 class ConnectionRouter:
     "From high extrema to low ones"
     def __init__(self,
@@ -111,7 +111,7 @@ class ConnectionRouter:
         if r.out.routed: r.clone()
         return r.out
 
-# %% ../nbs/13g_routing.ipynb #a6a2a42b
+# %% ../nbs/13g_routing.ipynb #db224209
 class _Routing:
     "One proposal in the making"
     def __init__(self, network, extrema, rule, g):
@@ -140,7 +140,7 @@ class _Routing:
         if count: self.load[j][t] += 1
         self.out.links.append((i, u, j, t, weight))
 
-# %% ../nbs/13g_routing.ipynb #5bb04082
+# %% ../nbs/13g_routing.ipynb #691d40bd
 @method(_Routing)
 def targets(self, i, u):
     "For each distance the units that could be reached, best first, as generators"
@@ -187,7 +187,7 @@ def neighbours(self, i, u):
     at = order.index(u)
     return [v for v in order[at + 1:] if (i, v) not in self.out.routed][:self.rule.patch]
 
-# %% ../nbs/13g_routing.ipynb #501ce5f5
+# %% ../nbs/13g_routing.ipynb #e7543bb9
 def _links_of(net, layer, unit, proposed=False):
     "Incoming [(layer, unit, weight)] and outgoing ones"
     into, out = [], []
@@ -223,7 +223,7 @@ def clone_into(self, layer, unit, m):
     room = [v for v in outs if self.load[v[0]][v[1]] < self.rule.cap]
     if not ins or not room: return
     new, f = self.net.layer_sizes[m] + len(self.out.units.get(m, [])), self.rule.clone_factor
-    self.out.units.setdefault(m, []).append(f*float(self.net.bias[self.net.at(layer)][unit]))
+    self.out.units.setdefault(m, []).append(f*self.net.bias[self.net.at(layer)][unit].item())
     self.out.clones.append((layer, unit, m, new))
     self.out.links += [(i, s, m, new, f*w) for i, s, w in ins]
     for j, t, w in room:
@@ -231,7 +231,7 @@ def clone_into(self, layer, unit, m):
         self.out.links.append((m, new, j, t, f*w))
         self.load[j][t] += 1
 
-# %% ../nbs/13g_routing.ipynb #500a35d2
+# %% ../nbs/13g_routing.ipynb #86982201
 class RandomRouter:
     "As many links as extrema routing would make, anywhere"
     def __init__(self, **options): self.base = ConnectionRouter(**options)
@@ -261,7 +261,7 @@ def _taken(network, i, j, counts):
     k = m.keys().cpu()
     return k // m.in_features*_width(network, i, counts) + k % m.in_features
 
-# %% ../nbs/13g_routing.ipynb #61a2415d
+# %% ../nbs/13g_routing.ipynb #eef1ee5d
 def link_gradients(
     network, # a MinimalNetwork
     window, # (inputs, targets) of each batch
@@ -296,7 +296,7 @@ class GradientRouter(RandomRouter):
             found = torch.cat([found, more])
         return found
 
-# %% ../nbs/13g_routing.ipynb #94792075
+# %% ../nbs/13g_routing.ipynb #7aab47d7
 def _largest(state, i, j, n, taken, width, most=2**24):
     "Absent links with the largest |gradient|, rows in portions"
     h, d = torch.cat([h[i] for h, _ in state]), torch.cat([d[j] for _, d in state])
@@ -312,7 +312,7 @@ def _largest(state, i, j, n, taken, width, most=2**24):
         at = at[top]
     return at[best >= 0]
 
-# %% ../nbs/13g_routing.ipynb #ac67ec08
+# %% ../nbs/13g_routing.ipynb #2460d8fd
 class SetRouter(RandomRouter):
     """Prunes the weakest links and puts as many at random
 
