@@ -6,7 +6,9 @@
 __all__ = ['METRICS', 'OTHERS', 'Counted', 'Learner', 'learn', 'member_activations', 'member_rows', 'member_report', 'age_rows',
            'rounded', 'packed', 'unpacked', 'spearman', 'correlations']
 
-# %% ../nbs/13b_aging.ipynb #bea88164
+# %% ../nbs/13b_aging.ipynb #2726c970
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
@@ -17,7 +19,7 @@ from .population import Population, Step
 from .results import Table, did_you_mean, generator
 from .training import evaluating
 
-# %% ../nbs/13b_aging.ipynb #81ba8202
+# %% ../nbs/13b_aging.ipynb #9d13edfc
 class Counted(Step):
     "Training steps that give each member's loss and share of hits"
     def __init__(self,
@@ -35,7 +37,7 @@ class Counted(Step):
         hits = (self.logits(self.out.detach()).argmax(-1) == y).to(losses.dtype).mean(-1)     # (members,)
         return torch.stack([losses, hits])
 
-# %% ../nbs/13b_aging.ipynb #93c81001
+# %% ../nbs/13b_aging.ipynb #cbd81dc9
 class Learner:
     "A population with its optimizer, that learns stretches of steps and can be put back to its start"
     def __init__(self,
@@ -60,7 +62,7 @@ class Learner:
         self.done = 0
         return self
 
-# %% ../nbs/13b_aging.ipynb #638cd189
+# %% ../nbs/13b_aging.ipynb #51283d2b
 def learn(self,
     batches, # function (first step, last step + 1) -> x, y of these steps; of one step without a first dimension
     total:int # steps, a multiple of the step's own number
@@ -77,7 +79,7 @@ def learn(self,
 
 Learner.learn = learn
 
-# %% ../nbs/13b_aging.ipynb #83621c8c
+# %% ../nbs/13b_aging.ipynb #73728bc2
 def member_activations(
     population:Population,
     x, # a batch for all (samples, ...), or one each (members, samples, ...) with `own`
@@ -98,7 +100,7 @@ def member_activations(
         for h in hooks: h.remove()
     return {k: (m, out[k]) for k, m in chosen.items() if k in out}
 
-# %% ../nbs/13b_aging.ipynb #f5106c42
+# %% ../nbs/13b_aging.ipynb #c362ff60
 def member_rows(
     module, # that gave the outputs
     h, # (members, samples, ...)
@@ -110,10 +112,10 @@ def member_rows(
     top = x.abs().flatten(2, -2).amax(2) if h.ndim > 3 and axis == 2 else None           # (members, images, channels)
     x = x.flatten(1, -2)                                                                  # (members, samples x positions, units)
     if x.shape[1] > rows: x = x[:, torch.randperm(x.shape[1], generator=generator(0, 'rows'))[:rows].to(x.device)]
-    if top is None: return Rows(x.double())
-    return Rows(x.double(), top.double())
+    x, top = (None if v is None else v.double().nan_to_num(0., 0., 0.) for v in (x, top))
+    return Rows(x, top)
 
-# %% ../nbs/13b_aging.ipynb #891b9462
+# %% ../nbs/13b_aging.ipynb #9401d8ee
 METRICS = dict(dead=dead_fraction, dormant=lambda r: dead_fraction(r, 'dormant'), duplicates=duplicate_fraction,
                effective_rank=lambda r: effective_rank(r)/min(r.units, r.n), stable_rank=lambda r: stable_rank(r)/min(r.units, r.n),
                rank_at_99=lambda r: rank_at(r)/min(r.units, r.n))
@@ -136,7 +138,7 @@ def member_report(
     out |= _of_weights(population, start) | _of_task(population, x, y, loss, own)
     return dict(zip(out, torch.stack([v.double() for v in out.values()]).cpu(), strict=True))
 
-# %% ../nbs/13b_aging.ipynb #2f823e8f
+# %% ../nbs/13b_aging.ipynb #6477d800
 @torch.no_grad()
 def _of_weights(population, start):
     "Mean size of the weights; distance from the start over its norm"
@@ -155,7 +157,7 @@ def _of_task(population, x, y, loss, own):
     square = sum(g.double().pow(2).flatten(1).sum(1) for g in grads if g is not None)
     return dict(new_loss=losses.detach(), new_gradient=square.sqrt())
 
-# %% ../nbs/13b_aging.ipynb #ab0e0d1e
+# %% ../nbs/13b_aging.ipynb #587fcf9e
 def age_rows(
     task:int, # index of the task that begins
     measured:dict, # metric -> (members,), before it
@@ -168,7 +170,7 @@ def age_rows(
     def row(i, a, f): return dict(task=task, run=i, arm=arms[i] if arms else '', aged=a, fresh=f, gap=a - f)
     return [row(i, a, f) | {k: v[i].item() for k, v in measured.items()} for i, (a, f) in enumerate(zip(aged, fresh, strict=True))]
 
-# %% ../nbs/13b_aging.ipynb #d38bf240
+# %% ../nbs/13b_aging.ipynb #5f092fb8
 def rounded(
     v, # numbers, in lists, dicts or tensors
     digits:int=5 # significant
@@ -179,7 +181,7 @@ def rounded(
     if isinstance(v, dict): return {k: rounded(x, digits) for k, x in v.items()}
     return [rounded(x, digits) for x in v] if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/13b_aging.ipynb #9523be49
+# %% ../nbs/13b_aging.ipynb #6b78c085
 def packed(
     rows # dicts with the same keys
 ) -> dict: # key -> list
@@ -194,7 +196,7 @@ def unpacked(
     "Columns as rows"
     return Table(dict(zip(columns, v, strict=True)) for v in zip(*columns.values(), strict=True))
 
-# %% ../nbs/13b_aging.ipynb #8b407ba7
+# %% ../nbs/13b_aging.ipynb #340f23cc
 def _ranks(v, w): # (n,), weights (..., n) -> (..., n): the weight below, and half of that of its equals
     values, at = torch.unique(v, return_inverse=True)
     size = torch.zeros(*w.shape[:-1], len(values), dtype=w.dtype).index_add_(-1, at, w)
@@ -213,7 +215,7 @@ def spearman(
     x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y))
     return _spearman(x, y, torch.ones_like(x)).item()
 
-# %% ../nbs/13b_aging.ipynb #31ff7997
+# %% ../nbs/13b_aging.ipynb #1f22e10d
 def _strata(v, groups): # ranks within each group, scaled to its size
     out = torch.empty_like(v)
     for g in groups.unique():
@@ -240,6 +242,8 @@ def correlations(
     if not rows: raise ValueError('rows: got none, takes at least two')
     for m in (*metrics, to):
         if m not in rows[0]: raise ValueError(f'metrics: no {m!r}{did_you_mean(m, rows[0])}')
+    rows = [r for r in rows if all(math.isfinite(r[m]) for m in (*metrics, to))]  # a network that has diverged tells nothing
+    if not rows: raise ValueError('rows: none is finite')
     runs, arms = _codes(rows, run), _codes(rows, within) if within else None
     n = int(runs.max()) + 1
     drawn = torch.randint(n, (repeats, n), generator=generator(seed, 'bootstrap'))

@@ -155,3 +155,13 @@ def test_counting_twice_is_drawing_twice(points):
     if w.sum() < 2: return
     weighted, drawn = _spearman(x, y, w).item(), spearman(x.repeat_interleave(w.long()), y.repeat_interleave(w.long()))
     assert abs(weighted - drawn) < 1e-9 or math.isnan(weighted) and math.isnan(drawn)
+
+def test_a_member_that_diverged_stops_nobody():
+    pop, x, y = made('mlp'), draw(20, 3, 8, 8), torch.arange(20) % 5
+    alone = member_report(pop, x, y)
+    next(pop.parameters()).data[0].fill_(math.nan)
+    out = member_report(pop, x, y)
+    assert all(out[k][1] == pytest.approx(alone[k][1].item()) for k in out) and out['new_loss'][0].isnan()
+    rows = [dict(run=i, a=math.nan if i == 3 else float(i), gap=float(i)) for i in range(6)]
+    assert correlations(rows, ['a'], repeats=5)[0]['points'] == 5
+    with pytest.raises(ValueError, match='none is finite'): correlations(rows[3:4], ['a'])
