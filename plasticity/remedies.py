@@ -8,7 +8,7 @@ __all__ = ['UTILITIES', 'REMEDIES', 'unit_utility', 'owed', 'ContinualBackprop',
            'HeadReset', 'SelfNormalizedResets', 'UPGD', 'CReLU', 'called', 'concat_relu', 'Switch', 'switch_norm',
            'make_remedy']
 
-# %% ../nbs/12_remedies.ipynb #fbf85acb
+# %% ../nbs/12_remedies.ipynb #23deacc2
 import math
 
 import torch
@@ -21,7 +21,7 @@ from .surgery import MOMENTS
 from .tensors import find
 from .training import OPTIMIZERS, Callback
 
-# %% ../nbs/12_remedies.ipynb #fca9aa42
+# %% ../nbs/12_remedies.ipynb #b1e79719
 UTILITIES = ('contribution', 'adaptable')
 
 def unit_utility(
@@ -40,7 +40,7 @@ def owed(
     "Replacements that are due: they add up to rate x units x steps"
     return (rate*exposed*(1 + 1e-6)).floor().long() - replaced  # a rate in float32 counts like its decimal
 
-# %% ../nbs/12_remedies.ipynb #4909440b
+# %% ../nbs/12_remedies.ipynb #e82c0535
 class ContinualBackprop(UnitRemedy):
     """Replace the least useful mature units, a small share of them at each step.
     Source: Dohare et al. 2024, Nature 632, algorithm 1; `utility='adaptable'` as in the authors' code"""
@@ -100,7 +100,7 @@ class ContinualBackprop(UnitRemedy):
         left = (state['replaced'].item() + 1)/(rate*(1 + 1e-6)) - state['exposed'].item()
         return math.floor(left/(s.n*self.every))
 
-# %% ../nbs/12_remedies.ipynb #b340468c
+# %% ../nbs/12_remedies.ipynb #3f82ca2f
 @method(UnitRemedy)
 def outgoing(self, s): # (members, units)
     "Sum of |weights| by which each unit is read"
@@ -118,7 +118,7 @@ def incoming(self, s): # (members, units)
     w = self.get(t).movedim(d + 1, 1)
     return w.abs().flatten(2).mean(2)[:, pos].mean(2)
 
-# %% ../nbs/12_remedies.ipynb #606a993d
+# %% ../nbs/12_remedies.ipynb #190c1812
 class ReDo(UnitRemedy):
     """Recycle dormant units: those whose mean size is at most `threshold` of their layer's mean.
     Source: Sokar et al. 2023, arXiv 2302.12902, definition 3.1 and algorithm 1"""
@@ -147,7 +147,7 @@ class ReDo(UnitRemedy):
 
     def scores(self, s): # (members, units)
         "Mean size of each unit over the mean of its layer"
-        size = self.state[s.name]['size']/(1 - self.decay**self.state[s.name]['age'])
+        size = self.state[s.name]['size']/(1 - self.decay**self.state[s.name]['age']).clamp(min=1e-12)
         return size/size.mean(1, keepdim=True).clamp(min=1e-12)
 
     def act(self):
@@ -158,7 +158,7 @@ class ReDo(UnitRemedy):
             self.replace(s, every, due, self.state[s.name]['replaced'][:, None] + every)
             self.state[s.name]['exposed'] += s.n
 
-# %% ../nbs/12_remedies.ipynb #fbc3a635
+# %% ../nbs/12_remedies.ipynb #590e0b27
 class ShrinkPerturb(Remedy):
     """Shrink all weights a little and add noise.
     Source: Ash & Adams 2020, arXiv 1910.08475, section 4; at every step as in Dohare et al. 2024"""
@@ -193,7 +193,7 @@ class ShrinkPerturb(Remedy):
             v.mul_(wide(self.each_shrink.to(v.dtype), v.ndim)).add_((z*self.each_noise.float()[:, None]).view(v.shape).to(v.dtype))
         self.acts += 1
 
-# %% ../nbs/12_remedies.ipynb #fc34f8a2
+# %% ../nbs/12_remedies.ipynb #13e5b66e
 class Pull(Callback):
     "Adds something to the gradients, just before the optimizer's step"
     order = 20
@@ -227,7 +227,7 @@ class Pull(Callback):
     def start(self, model): "Look at the network before the first step"
     def after_step(self, trainer=None, steps=1): "All is done inside the step"
 
-# %% ../nbs/12_remedies.ipynb #d668d98c
+# %% ../nbs/12_remedies.ipynb #88f2c33f
 class L2Init(Pull):
     """Pull every weight towards where it started: the loss plus strength * |w - w0|^2.
     Source: Kumar et al. 2023, arXiv 2308.11958, section 3"""
@@ -256,7 +256,7 @@ class L2Init(Pull):
     def state_dict(self): return dict(home=self.home)
     def load_state_dict(self, state): self.home = state['home']
 
-# %% ../nbs/12_remedies.ipynb #74ef7226
+# %% ../nbs/12_remedies.ipynb #5f5a9bfd
 class WeightDecay(Pull):
     """Pull every weight towards zero: by a factor 1 - lr * strength, or by the gradient of strength/2 * |w|^2.
     Source: Krogh & Hertz 1991; decoupled: Loshchilov & Hutter 2019, arXiv 1711.05101, eq. 5"""
@@ -281,7 +281,7 @@ class WeightDecay(Pull):
             if self.decoupled: g['decoupled'] = True
         self.join(optimizer, 'weight_decay')
 
-# %% ../nbs/12_remedies.ipynb #f3aa45fa
+# %% ../nbs/12_remedies.ipynb #12195414
 def plain_layers(net): # [(weight name, bias name or None)]
     "The linear and convolution layers of a network"
     kinds = nn.Linear, nn.modules.conv._ConvNd
@@ -324,7 +324,7 @@ class SpectralRegularization(Pull):
     def state_dict(self): return dict(vectors=self.vectors)
     def load_state_dict(self, state): self.vectors = state['vectors']
 
-# %% ../nbs/12_remedies.ipynb #313ef7ad
+# %% ../nbs/12_remedies.ipynb #c2904473
 class WeightClip(Remedy):
     """Keep every weight within `bound` times the limit of the uniform distribution it was drawn from.
     Source: Elsayed et al. 2024, arXiv 2407.01704, algorithm 1"""
@@ -360,7 +360,7 @@ class WeightClip(Remedy):
     def state_dict(self): return dict(limits=self.held)
     def load_state_dict(self, state): self.held = state['limits']
 
-# %% ../nbs/12_remedies.ipynb #60031aba
+# %% ../nbs/12_remedies.ipynb #5c61acc0
 class HareTortoise(Remedy):
     """Two sets of weights: the hare learns, the tortoise is its slow average, and now and then the hare goes back to the tortoise.
     Source: Lee et al. 2024, arXiv 2406.02596, section 4"""
@@ -391,7 +391,7 @@ class HareTortoise(Remedy):
     def state_dict(self): return dict(tortoise=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['tortoise'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #8401e74c
+# %% ../nbs/12_remedies.ipynb #3c1e6a0b
 class HeadReset(Remedy):
     """Start the last layer afresh now and then, with its moments at zero.
     Source: Nikishin et al. 2022, arXiv 2205.07802, section 4 (their networks' last layers)"""
@@ -428,7 +428,7 @@ class HeadReset(Remedy):
     def state_dict(self): return dict(held=self.held, count=self.count)
     def load_state_dict(self, state): self.held, self.count = state['held'], state['count']
 
-# %% ../nbs/12_remedies.ipynb #0b5776db
+# %% ../nbs/12_remedies.ipynb #bba03e63
 class SelfNormalizedResets(UnitRemedy):
     """Replace a unit that is silent for longer than its record explains: (1 - p)^silent <= `level`, p how often it fires.
     Source: Farias & Jozefiak 2024, arXiv 2410.20098, algorithm 1"""
@@ -472,7 +472,7 @@ class SelfNormalizedResets(UnitRemedy):
             due = (state['silent'] >= self.least) & (rare | (state['silent'] >= self.most))
             self.replace(s, units, due, state['replaced'][:, None] + units)
 
-# %% ../nbs/12_remedies.ipynb #551339ee
+# %% ../nbs/12_remedies.ipynb #df0055e3
 class UPGD(torch.optim.Optimizer):
     """Steps and noise that spare useful weights: w - lr * (g + noise) * (1 - sigmoid(u / max u)), u the running mean of -g * w.
     Source: Elsayed & Mahmood 2024, arXiv 2404.00781, algorithm 1 (first order, global)"""
@@ -506,7 +506,7 @@ class UPGD(torch.optim.Optimizer):
 OPTIMIZERS['upgd'] = UPGD
 MOMENTS['UPGD'] = dict(utility=(1, 'zero'))
 
-# %% ../nbs/12_remedies.ipynb #428d0872
+# %% ../nbs/12_remedies.ipynb #fb194972
 class CReLU(nn.Module):
     """Both signs of what comes in: relu(x) and relu(-x), one after the other along the units.
     Source: Shang et al. 2016, arXiv 1603.05201; for plasticity: Abbas et al. 2023, arXiv 2303.07507"""
@@ -516,7 +516,7 @@ class CReLU(nn.Module):
     def forward(self, x): return torch.cat([x.relu(), (-x).relu()], self.dim)
     def extra_repr(self): return f'dim={self.dim}'
 
-# %% ../nbs/12_remedies.ipynb #4911424f
+# %% ../nbs/12_remedies.ipynb #4dbc1537
 def called(model, examples):
     "Names of the modules without parts, in the order in which they run"
     names, order = {m: k for k, m in model.named_modules()}, []
@@ -552,7 +552,7 @@ def concat_relu(
     with torch.no_grad(): model(examples)
     return model.train()
 
-# %% ../nbs/12_remedies.ipynb #6388663f
+# %% ../nbs/12_remedies.ipynb #08b17352
 class Switch(nn.Module):
     "A module that a member of a population can have or not"
     def __init__(self,
@@ -575,7 +575,7 @@ def switch_norm(
     for k in names: model.set_submodule(k, Switch(model.get_submodule(k), on))
     return model
 
-# %% ../nbs/12_remedies.ipynb #d9e55253
+# %% ../nbs/12_remedies.ipynb #6ca89d53
 REMEDIES = dict(continual_backprop=ContinualBackprop, redo=ReDo, l2_init=L2Init, shrink_perturb=ShrinkPerturb, weight_decay=WeightDecay,
                 weight_clip=WeightClip, spectral=SpectralRegularization, snr=SelfNormalizedResets, hare_tortoise=HareTortoise,
                 head_reset=HeadReset)

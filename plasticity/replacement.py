@@ -16,6 +16,7 @@ from torch import nn
 from .edits import Plan, Reset
 from .member_optimizers import hashed_normal
 from .results import Table, method, stream_seed
+from .starts import fresh_tensors
 from .tensors import find, owner
 from .training import Callback
 from .units import units
@@ -242,12 +243,18 @@ def start(self, device):
         for t, _ in s.made:
             v = self.get(t)
             if v.ndim > 2: self.spread[t] = v.flatten(1).float().std(1)                      # (members,)
-            else: self.first[t] = v.clone()                                                  # (members, size)
+            else: self.first[t] = v.clone() if (new := _new(single, t)) is None else new.to(v).expand_as(v).clone()  # (members, size)
         self.state[s.name] = {k: torch.zeros(self.m, s.n, device=device) for k in self.kept}
         self.state[s.name] |= {k: torch.zeros(self.m, dtype=torch.int64, device=device) for k in ('exposed', 'replaced')}
     if self.held is None: return
     for mine, held in ((self.spread, self.held[0]), (self.first, self.held[1])): mine.update({k: v.to(device) for k, v in held.items()})
     for name, state in self.held[2].items(): self.state[name] = {k: v.to(device) for k, v in state.items()}
+
+def _new(model, name):
+    "A vector as its module starts it: biases of layers at zero, norms at their identity; None where that is not known"
+    module, leaf = owner(model, name)
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)): return torch.zeros(())
+    return fresh_tensors(module).get(leaf)
 
 def _moved(x, device): return x.to(device) if isinstance(x, torch.Tensor) else x
 
@@ -295,7 +302,7 @@ def seen(self, site):
 # %% ../nbs/11b_replacement.ipynb #7e65b7ad
 @method(UnitRemedy)
 def fresh(self, site, idx, counter): # units (members, slots), a number for each draw
-    "Fresh tensors of these units: weights as spread as they were at the start, vectors as they were at the start"
+    "Fresh tensors of these units: weights as spread as they were when the remedy began, vectors as their modules start"
     out, at = {}, torch.arange(len(idx), device=idx.device)[:, None, None]
     keys = self.keys[:, None].expand(idx.shape).reshape(-1)
     for j, ((t, d), pos) in enumerate(site.made.items()):

@@ -2,6 +2,7 @@
 import copy, math
 
 import pytest
+from hypothesis import given, settings, strategies as st
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -460,3 +461,28 @@ def test_two_fits_are_one(remedy):
                                callbacks=[make_remedy(remedy, **FAST.get(remedy, {}))])
     once, twice = make().fit(steps=12), make().fit(steps=5).fit(steps=7)
     for p, q in zip(once.model.parameters(), twice.model.parameters(), strict=True): assert torch.equal(p, q)
+
+def test_a_dead_network_is_revived():
+    "Silenced by its biases before the remedy came: fresh biases are zero, norms the identity"
+    m = net(widths=(8,))
+    with torch.no_grad(): m.layers[0].linear.bias.fill_(-100.)
+    trained(m, ReDo(threshold=0., every=5), steps=6)
+    assert ((m.layers(DIGITS.probe()[0].flatten(1)) > 0).float().mean(0) > 0).all()
+    b = net(widths=(8,), normalization='batch')
+    with torch.no_grad(): b.layers[0].norm.bias.fill_(-100.)
+    r = ReDo(threshold=0., every=5)
+    trained(b, r, steps=5)
+    n = b.layers[0].norm
+    assert (n.bias == 0).all() and (n.weight == 1).all() and (n.running_mean == 0).all() and (n.running_var == 1).all()
+    assert r.log[0]['units'] == list(range(8))
+
+@settings(max_examples=50, deadline=None)
+@given(rate=st.floats(1e-6, 1.), units=st.integers(1, 200), steps=st.integers(1, 400))
+def test_what_is_owed_adds_up(rate, units, steps):
+    "Paid step by step, in float32 or as a decimal, it is rate x units x steps to within one"
+    done = torch.tensor([0, 0])
+    for t in range(1, steps + 1):
+        due = owed(torch.tensor([rate, torch.tensor(rate).item()], dtype=torch.float64), torch.tensor([units*t]*2), done)
+        assert (due >= 0).all()
+        done = done + due
+    assert ((done - rate*units*steps).abs() <= 1).all()
