@@ -6,17 +6,17 @@
 __all__ = ['PHASES', 'SnapshotManager', 'phase_of', 'SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore',
            'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #f2ad9a19
+# %% ../nbs/15_snapshots.ipynb #d9778d57
 from .deltas import SnapshotError # noqa: F401 this page's name too
 from .ensembles import Ensemble # noqa: F401 this page's name too
 from .store import Diff, Snapshot, SnapshotStore, StoreLocked, diff, load # noqa: F401 this page's names too
 from .structure import tensors_of
 from .training import Callback
 
-# %% ../nbs/15_snapshots.ipynb #cac627e3
+# %% ../nbs/15_snapshots.ipynb #7f8db7f6
 _all_ = ['SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore', 'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #c41c839f
+# %% ../nbs/15_snapshots.ipynb #61864c9a
 PHASES = dict(coarse=0, medium=50, fine=100) # name -> first epoch
 
 class SnapshotManager(SnapshotStore, Callback):
@@ -46,9 +46,13 @@ class SnapshotManager(SnapshotStore, Callback):
 
 def _count(n): return isinstance(n, int) and not isinstance(n, bool) and n > 0
 
-# %% ../nbs/15_snapshots.ipynb #6dea4e60
+# %% ../nbs/15_snapshots.ipynb #2500d2b5
 def _after_edit(self, trainer, record):
     "An edit was made: it goes into the next snapshot"
+    self.records.append(record)
+
+def _on_growth(self, trainer, event, record):
+    "A sparse network grew"
     self.records.append(record)
 
 def _changed(self, model):
@@ -63,9 +67,10 @@ def _after_step(self, trainer):
     due = trainer.step % self.steps == 0 if isinstance(self.steps, int) else trainer.step in self.steps
     if due: self.take(trainer, 'step')
 
-SnapshotManager.after_edit, SnapshotManager._changed, SnapshotManager.after_step = _after_edit, _changed, _after_step
+SnapshotManager.after_edit, SnapshotManager.on_growth = _after_edit, _on_growth
+SnapshotManager._changed, SnapshotManager.after_step = _changed, _after_step
 
-# %% ../nbs/15_snapshots.ipynb #8f849b78
+# %% ../nbs/15_snapshots.ipynb #d5581da7
 def phase_of(
     epoch:int, # epochs done
     phases:dict # name -> first epoch
@@ -103,7 +108,7 @@ def _thin(self):
 
 SnapshotManager.take, SnapshotManager._thin = _take, _thin
 
-# %% ../nbs/15_snapshots.ipynb #a61202fe
+# %% ../nbs/15_snapshots.ipynb #81a7b976
 def _before_fit(self, trainer):
     self.acquire()
     if self.saved is None: self.take(trainer, 'start')
@@ -134,7 +139,7 @@ def _after_fit(self, trainer):
 SnapshotManager.before_fit, SnapshotManager.on_log, SnapshotManager._better = _before_fit, _on_log, _better
 SnapshotManager.after_epoch, SnapshotManager.after_fit = _after_epoch, _after_fit
 
-# %% ../nbs/15_snapshots.ipynb #e7f746a3
+# %% ../nbs/15_snapshots.ipynb #967cba3b
 def _state_dict(self): return dict(value=self.value, reference=self.reference, saved=self.saved)
 def _load_state_dict(self, state): self.value, self.reference, self.saved = state['value'], state['reference'], state['saved']
 SnapshotManager.state_dict, SnapshotManager.load_state_dict = _state_dict, _load_state_dict
