@@ -199,13 +199,11 @@ def constant(
 
 def _varied(values, like, g):
     "Random contents for tensors of one value: around it, or around zero"
-    c = torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor([t.numel() for t in like]))
-    r = torch.rand(len(c), generator=g)
-    flat, out = torch.where(c == 0, (r - .5) * .2, (.5 + r) * c).float(), []
-    there = {t.device: flat.to(t.device) for t in like}
-    for t, at in zip(like, itertools.accumulate((t.numel() for t in like), initial=0), strict=False):
-        out.append(there[t.device][at:at + t.numel()].view(t.shape))
-    return out
+    r = torch.rand(sum(t.numel() for t in like), generator=g)
+    parts = r.split([t.numel() for t in like])
+    for part, c in zip(parts, values, strict=True): part.add_(.5).mul_(c) if c else part.sub_(.5).mul_(.2)
+    there = {d: r.to(d).split([t.numel() for t in like]) for d in {t.device for t in like}} # one transfer
+    return [there[t.device][i].view(t.shape) for i, t in enumerate(like)]
 
 # %% ../nbs/07d_trial.ipynb #7679ba4f
 def stand_ins(
