@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'SnapshotError', 'nbytes', 'bits', 'tensor', 'checksum', 'squeeze', 'planes', 'inflate', 'numbers',
            'reordered', 'fresh', 'encode', 'decode', 'aligned', 'parse', 'size_ok', 'Container', 'container']
 
-# %% ../nbs/14s_deltas.ipynb #d0eebd36
+# %% ../nbs/14s_deltas.ipynb #e551bf36
 import hashlib, json, math, zlib
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from .results import did_you_mean
 
-# %% ../nbs/14s_deltas.ipynb #c30db176
+# %% ../nbs/14s_deltas.ipynb #9fa2f079
 class SnapshotError(ValueError):
     "A store of snapshots, or a file in it, is not what it says it is"
 
@@ -31,7 +31,7 @@ def nbytes(
     "How many bytes a tensor takes"
     return math.prod(shape) * DTYPES[dtype].itemsize
 
-# %% ../nbs/14s_deltas.ipynb #598085fe
+# %% ../nbs/14s_deltas.ipynb #a4d3afef
 def bits(
     t # a dense tensor
 ): # (dtype, shape, its bytes as uint8 (bytes,)); the bytes are those of the tensor where it is contiguous on the CPU
@@ -61,7 +61,7 @@ def checksum(
     h.update(data)
     return h.hexdigest()[:32]
 
-# %% ../nbs/14s_deltas.ipynb #d8130bcf
+# %% ../nbs/14s_deltas.ipynb #916d229f
 def _deflated(plane):
     "A plane deflated, or None where a sample says that it is noise"
     n = plane.size
@@ -101,12 +101,14 @@ def planes(
 def inflate(part, n):
     "Inflate to exactly n bytes, never more"
     d = zlib.decompressobj()
-    try: out = d.decompress(part, n)
+    try:
+        out = d.decompress(part, n)
+        more = b'' if d.eof else d.decompress(d.unconsumed_tail, 1)
     except zlib.error as e: raise SnapshotError(f'a plane of bytes is damaged ({e})') from None
-    if len(out) != n or (not d.eof and d.decompress(d.unconsumed_tail, 1)): raise SnapshotError('a plane of bytes has another length')
+    if len(out) != n or more: raise SnapshotError('a plane of bytes has another length')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #18838264
+# %% ../nbs/14s_deltas.ipynb #3d140129
 def numbers(
     v # integers (n,), 0 or more
 ): # uint8 (n, width)
@@ -136,7 +138,7 @@ def reordered(
     a = np.ascontiguousarray(a)
     return a.reshape(-1).view(np.uint8) if a.size else np.empty(0, np.uint8), a.shape
 
-# %% ../nbs/14s_deltas.ipynb #771b9c5b
+# %% ../nbs/14s_deltas.ipynb #6a4f4482
 def _order_rows(order):
     "An order as small numbers: 0 for none, else one more than what each position is beyond its predecessor, in zigzag"
     out = np.zeros(len(order), np.int64)
@@ -196,7 +198,7 @@ def _shared(order, orders):
     sizes, data = squeeze(_order_rows(order))
     return orders.setdefault((data, tuple(sizes)), f'#{len(orders)}')
 
-# %% ../nbs/14s_deltas.ipynb #5ea47211
+# %% ../nbs/14s_deltas.ipynb #17a8133d
 def _split(data, n):
     "The first n bytes and the rest"
     if not isinstance(n, int) or not 0 <= n <= len(data): raise SnapshotError('a delta is cut short')
@@ -248,7 +250,7 @@ def _positions(sizes, n, data, size):
     at[1:] += 1
     return np.cumsum(at, dtype=at.dtype)
 
-# %% ../nbs/14s_deltas.ipynb #e6141da2
+# %% ../nbs/14s_deltas.ipynb #48867c33
 def _rows(tensors):
     "Each position along dimension 0 of several tensors as one opaque value"
     flat = [np.ascontiguousarray(d.reshape(s[0], -1)) for _, s, d in tensors]
@@ -267,7 +269,7 @@ def aligned(
     seen, times = np.unique(order[order >= 0], return_counts=True)
     return np.where(np.isin(order, seen[times > 1]), -1, order)
 
-# %% ../nbs/14s_deltas.ipynb #c60d2621
+# %% ../nbs/14s_deltas.ipynb #04adb0e5
 def parse(
     text:bytes, # JSON
     room:int=0 # bytes of memory that may be used beyond 4 MiB
@@ -303,7 +305,7 @@ def _spans(table, room):
     if at != room: raise SnapshotError(f'{room - at} bytes of the file belong to nothing')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #daf528a5
+# %% ../nbs/14s_deltas.ipynb #fc3db063
 class Container:
     "An open safetensors file, checked before anything in it is used"
     def __init__(self,
@@ -338,7 +340,7 @@ class Container:
     def __exit__(self, *args): self.file.close()
     def __repr__(self): return f'Container({self.path.name}, {len(self.table)} tensors, {self.size:,} bytes)'
 
-# %% ../nbs/14s_deltas.ipynb #bcaf80ad
+# %% ../nbs/14s_deltas.ipynb #f1b9ee3b
 def container(
     tensors:dict, # name -> (dtype, shape, bytes)
     meta:dict # text -> text

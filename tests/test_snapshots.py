@@ -164,12 +164,12 @@ def killed(folder, seed, wait):
     return {int(v[0]): v[1] for v in lines if len(v) == 2}, ['pruned'] in lines
 
 def test_a_killed_writer_leaves_every_snapshot_it_reported_and_no_half_one(tmp_path):
-    rng, said, kills, warm = random.Random(0), {}, 200 if FULL else 25, small()
+    total, rng, said, kills, warm = 0, random.Random(0), {}, 200 if FULL else 10, small()
     opt = torch.optim.Adam(warm.parameters())
     step(warm, opt, torch.randn(8, 16)); SnapshotStore(tmp_path/'warm').save(warm, opt)     # what is imported late is here before the fork
     for k in range(kills):
-        folder = tmp_path/f'{k//25}'
-        if k % 25 == 0: said = {}
+        folder = tmp_path/f'{k//5}'
+        if k % 5 == 0: said = {}
         new, _ = killed(folder, k, rng.uniform(0, .05))
         said |= new
         store = SnapshotStore(folder)
@@ -177,10 +177,11 @@ def test_a_killed_writer_leaves_every_snapshot_it_reported_and_no_half_one(tmp_p
         gone = {i for i in said if i not in there}
         if gone: assert all(store._entries.get(i, dict(hidden=True))['hidden'] for i in gone)  # pruned, by an event of the index
         rows = store.verify()
-        assert {r['state'] for r in rows} <= {'ok', 'foreign'} and all('.tmp' in r['file'] for r in rows if r['state'] == 'foreign')
+        assert {r['state'] for r in rows} <= {'ok', 'unused'}
         for s in list(store)[-6:]:
             if s.id in said: assert image(*s.load(optimizer=torch.optim.Adam)) == said[s.id]
-    assert len(said) > 10
+        total += len(new)
+    assert total > kills
 
 def test_a_torn_line_of_the_index_and_missing_lines_cost_nothing(tmp_path):
     store, model = SnapshotStore(tmp_path/'a', sync=False), small()
@@ -231,7 +232,7 @@ def test_a_really_full_disk(tmp_path):
         assert len(said) > 3 and [image(s.load()) for s in store] == said
         store.prune(keep=2)
         store.save(model); assert image(store.load(-1)) == image(model)
-        store.close()
+        store.close(); del store
     finally: subprocess.run(['umount', str(tmp_path)])
 
 def test_the_second_writer_is_refused(tmp_path):
@@ -524,7 +525,7 @@ def test_forged_stores_are_refused(tmp_path, monkeypatch):
 def test_damaged_stores_are_refused_or_harmless(tmp_path):
     import shutil
     Path('/tmp/plasticity_was_here').unlink(missing_ok=True)
-    rng, count, n = random.Random(0), {}, 2000 if FULL else 120
+    rng, count, n = random.Random(0), {}, 2000 if FULL else 60
     stores = {k: original(tmp_path/k, k, 6) for k in (('mlp', 'cnn') if FULL else ('mlp',))}
     for k in range(n):
         kind, folder = rng.choice(list(stores)), tmp_path/'now'
@@ -537,7 +538,7 @@ def test_damaged_stores_are_refused_or_harmless(tmp_path):
             try: store.repair()
             except (OSError, SnapshotError): assert {'dir', 'link'} & set(what)      # a folder in the place of a file
             else:
-                assert set(store.verify().column('state') if len(store.verify()) else []) <= {'ok', 'foreign'}
+                assert set(store.verify().column('state') if len(store.verify()) else []) <= {'ok', 'foreign', 'unused'}
                 for s in store: assert image(*s.load(optimizer=torch.optim.Adam)) == stores[kind][s.id]
             store.close()
         shutil.rmtree(folder)
