@@ -18,6 +18,7 @@ from hydra_zen import ZenField, ZenStore, make_config
 
 from .cloning import cloning
 from .data import DATASETS, data_root, get_data
+from .extrema import extrema
 from .growing import grow
 from .metrics import report
 from .growth_plots import plot_river
@@ -204,6 +205,7 @@ def continual_learning(experiment,
     return trainer
 
 TRAININGS['cloning'] = cloning
+TRAININGS['extrema'] = extrema
 
 # %% ../nbs/21_experiments.ipynb #624549c6
 class Record(Callback):
