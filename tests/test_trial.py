@@ -31,7 +31,8 @@ def test_constant():
     assert constant(ts) == {0: 0., 5: -1.5, 7: 1.} and constant([]) == {}
 
 def test_stand_ins_differ_everywhere_and_keep_the_sign():
-    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, 4)); nn.init.zeros_(m[2].weight); nn.init.constant_(m[2].bias, -3.)
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, 4))
+    nn.init.zeros_(m[2].weight); nn.init.constant_(m[2].bias, -3.)
     for dtype in (None, torch.float64):
         got = stand_ins(m, dtype)
         assert all(len(v.unique()) == v.numel() and v.shape == t.shape and v.dtype == (dtype or t.dtype) for t, v in got.items() if t is not
