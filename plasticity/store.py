@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'rea
            'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
            'diff']
 
-# %% ../nbs/14u_store.ipynb #a7995982
+# %% ../nbs/14u_store.ipynb #4518e6a7
 import json, os, re, stat, time, uuid, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #d15b571c
+# %% ../nbs/14u_store.ipynb #2230a944
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -70,7 +70,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #bb3dfe27
+# %% ../nbs/14u_store.ipynb #711c6b8c
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -91,7 +91,7 @@ class Snapshot:
     @property
     def edits(self): return self.store._edits(self.entry)
 
-# %% ../nbs/14u_store.ipynb #ec89dae7
+# %% ../nbs/14u_store.ipynb #19ec86aa
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -125,7 +125,7 @@ def _entry_ok(e):
             and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id'] and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #db503df9
+# %% ../nbs/14u_store.ipynb #787b7f05
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -189,7 +189,7 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #1fe21e9b
+# %% ../nbs/14u_store.ipynb #f6ae575a
 _MAYBE = type(None)
 _FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=(int, _MAYBE),
                tensors=dict, orders=dict, gone=list, trees=dict, history=(list, _MAYBE))
@@ -219,7 +219,7 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #f1f16c22
+# %% ../nbs/14u_store.ipynb #98222aad
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
@@ -274,7 +274,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #ba64b383
+# %% ../nbs/14u_store.ipynb #66543785
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -309,7 +309,7 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #e2266ed3
+# %% ../nbs/14u_store.ipynb #e94e8982
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
     out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n, e in m['tensors'].items())
@@ -347,7 +347,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #d298cbd5
+# %% ../nbs/14u_store.ipynb #0595a03d
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -395,7 +395,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #c89f3245
+# %% ../nbs/14u_store.ipynb #09c7c222
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -408,7 +408,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #27c24536
+# %% ../nbs/14u_store.ipynb #16588891
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -438,7 +438,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #424dcdf6
+# %% ../nbs/14u_store.ipynb #2fc60720
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -488,7 +488,7 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #bcccdcb6
+# %% ../nbs/14u_store.ipynb #55755bd0
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
     return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect') and hasattr(m, 'keys')}
@@ -565,7 +565,7 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #a1a38806
+# %% ../nbs/14u_store.ipynb #fcc1919a
 def _packed(new, base, origins):
     "(manifest entries, pieces of the file, orders, names gone): what has changed since `base`, or everything"
     entries, pieces, same, orders = {}, {}, {}, {}
@@ -586,7 +586,7 @@ def _packed(new, base, origins):
     orders = {name: list(sizes) for (_, sizes), name in orders.items()}
     return entries, pieces, orders, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #1086e7f3
+# %% ../nbs/14u_store.ipynb #cd863761
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
@@ -624,7 +624,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #3e807237
+# %% ../nbs/14u_store.ipynb #6d756822
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -674,7 +674,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #281b3e98
+# %% ../nbs/14u_store.ipynb #18688753
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -709,7 +709,7 @@ def _remembered(i, now, base, size):
     return dict(id=i, tensors=out, depth=base['depth'] + 1 if base else 0, room=size + (base['room'] if base else 0), links=now['links'],
                 history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs', 'frozen')})
 
-# %% ../nbs/14u_store.ipynb #8f6cb0d9
+# %% ../nbs/14u_store.ipynb #7c634cb1
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -774,7 +774,7 @@ def _told(manifests):
     spec = _inherited(manifests, 'spec')
     return None if spec is None else from_data(spec, {})
 
-# %% ../nbs/14u_store.ipynb #9ad7ec5f
+# %% ../nbs/14u_store.ipynb #935fcce8
 @method(SnapshotStore)
 def _fill(self, model, spec, got, ms):
     "The model with the tensors of a snapshot"
@@ -810,7 +810,7 @@ def _state(self):
 
 Snapshot.state = _state
 
-# %% ../nbs/14u_store.ipynb #77474e44
+# %% ../nbs/14u_store.ipynb #e16d00f2
 @method(SnapshotStore)
 def _ids(self, given):
     "Ids of snapshots, names or places"
@@ -855,7 +855,7 @@ def _compact(self):
             self._last = None
         before, edits = i, []
 
-# %% ../nbs/14u_store.ipynb #53d73a76
+# %% ../nbs/14u_store.ipynb #3aec66ad
 @method(SnapshotStore)
 def verify(self) -> Table: # id, file, bytes, state (ok, damaged, unused, foreign), why
     "Read every snapshot whole and check every sum"
@@ -875,7 +875,7 @@ def verify(self) -> Table: # id, file, bytes, state (ok, damaged, unused, foreig
                          'removes it' if left else 'not of this store'))
     return Table(rows)
 
-# %% ../nbs/14u_store.ipynb #34007eab
+# %% ../nbs/14u_store.ipynb #dfb68069
 @method(SnapshotStore)
 def repair(self) -> Table: # file, done
     "Make the store consistent again: keep every snapshot that is whole, put the others aside"
@@ -940,7 +940,7 @@ def _rewrite(self, hidden):
     self._mark = self._last = None
     self._tidy()
 
-# %% ../nbs/14u_store.ipynb #d8f9b006
+# %% ../nbs/14u_store.ipynb #46554454
 class Diff(Table):
     "What differs between two snapshots: a row for each tensor; `edits` are those between them"
     edits = ()

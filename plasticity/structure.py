@@ -6,7 +6,7 @@
 __all__ = ['LINEAGE', 'as_data', 'from_data', 'Limited', 'skeleton', 'tensors_of', 'insertions', 'insert', 'Moves', 'attributes',
            'differing', 'set_attributes', 'places', 'put_tensors', 'extras', 'set_extras', 'shaped']
 
-# %% ../nbs/14t_structure.ipynb #0c3da758
+# %% ../nbs/14t_structure.ipynb #b4af8ce9
 import math, weakref
 
 import numpy as np
@@ -22,7 +22,7 @@ from .surgery import Surgeon
 from .tensors import set_data
 from .training import evaluating, unpack
 
-# %% ../nbs/14t_structure.ipynb #0ac739af
+# %% ../nbs/14t_structure.ipynb #7902eae3
 def as_data(
     v, # dicts, lists, tuples, numbers, strings, None and tensors
     path:str, # name of the tree
@@ -64,7 +64,7 @@ def from_data(
     try: return unpack(floats(plain(tree)), tensors)
     except (KeyError, TypeError, ValueError) as e: raise SnapshotError(f'its state cannot be read ({type(e).__name__}: {str(e)[:80]})') from None
 
-# %% ../nbs/14t_structure.ipynb #0a08bc94
+# %% ../nbs/14t_structure.ipynb #d9753cac
 class Limited(TorchDispatchMode):
     "Within, no operation may ask for more than so many numbers, and no more than so many parameters may be registered"
     def __init__(self,
@@ -92,7 +92,7 @@ class Limited(TorchDispatchMode):
         self.hook.remove()
         return super().__exit__(*args)
 
-# %% ../nbs/14t_structure.ipynb #57edb308
+# %% ../nbs/14t_structure.ipynb #4433c470
 def _on_meta(model):
     "Whether nothing of a model was left outside the meta device, and nothing hidden in it"
     mine = [*model.parameters(), *model.buffers()]
@@ -120,7 +120,7 @@ def skeleton(
             if device == 'cpu' or _on_meta(model): return model
     finally: set_random_state(state)
 
-# %% ../nbs/14t_structure.ipynb #af1682c3
+# %% ../nbs/14t_structure.ipynb #f25fbe3d
 LINEAGE = weakref.WeakKeyDictionary() # model -> insertions since its specification
 
 def tensors_of(
@@ -154,7 +154,7 @@ def insert(
     if len(tensors_of(model)) > count: raise SnapshotError(f'its insertions make more than {count} tensors')
     return {n: before.get(id(t)) for n, t in tensors_of(model).items()}
 
-# %% ../nbs/14t_structure.ipynb #5ff37492
+# %% ../nbs/14t_structure.ipynb #60e92a76
 class Moves:
     "Which tensor of some moment each tensor of a model comes from, and in which order"
     def __init__(self,
@@ -185,7 +185,7 @@ class Moves:
             d = getattr(self, k)
             setattr(self, k, {new: d[old] for new, old in names.items() if old in d})
 
-# %% ../nbs/14t_structure.ipynb #d9d2e5d3
+# %% ../nbs/14t_structure.ipynb #0e53c365
 def _plain(v): return isinstance(v, (bool, int, float, str)) or (isinstance(v, (tuple, list)) and len(v) < 65 and all(
     isinstance(x, (bool, int, float, str)) for x in v))
 
@@ -219,7 +219,7 @@ def set_attributes(
             setattr(modules[path], k, tuple(v) if isinstance(own[k], tuple) else v)
     Surgeon(model).keep_sizes(list(tensors_of(model))) # what tensors say counts more
 
-# %% ../nbs/14t_structure.ipynb #e73932d4
+# %% ../nbs/14t_structure.ipynb #f420c197
 def places(
     model # any module
 ) -> list: # [(parameter or buffer, [(module, table, leaf)])]
@@ -271,7 +271,7 @@ def put_tensors(
         for table, leaf in spots: table[leaf] = new
     Surgeon(model).keep_sizes(list(here))
 
-# %% ../nbs/14t_structure.ipynb #265d2441
+# %% ../nbs/14t_structure.ipynb #11983c02
 def extras(
     model # any module
 ) -> dict: # module -> what its `get_extra_state` gives
@@ -291,7 +291,7 @@ def set_extras(
         try: modules[n].set_extra_state(v)
         except Exception as e: raise SnapshotError(f'the extra state of {n!r} is refused ({type(e).__name__}: {str(e)[:100]})') from None
 
-# %% ../nbs/14t_structure.ipynb #5b3f05da
+# %% ../nbs/14t_structure.ipynb #462f9568
 def _runs(model, spec, dtype):
     "None where the model takes its input on the meta device, else why not"
     shape = spec['in_shape'] if isinstance(spec['in_shape'], (tuple, list)) else (spec['in_shape'],)
