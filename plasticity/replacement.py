@@ -159,6 +159,7 @@ def attach(self,
     if self.members: self.enter(optimizer)
     return self
 
+# %% ../nbs/11b_replacement.ipynb #d425d403
 @method(Remedy)
 def enter(self, optimizer):
     "Join the update of a population's optimizer, inside a captured step too"
@@ -314,6 +315,7 @@ def fresh(self, site, idx, counter): # units (members, slots), a number for each
 
 def wide(v, ndim): return v.view(*v.shape, *[1]*(ndim - v.ndim))
 
+# %% ../nbs/11b_replacement.ipynb #2d66b85e
 @method(UnitRemedy)
 def replace(self, site, idx, due, counter, mean=None):
     "Replace units `idx` (members, slots) where `due`; `mean`: what they gave on average (members, units), to be compensated"
