@@ -90,15 +90,21 @@ class LossBasedGrowth(GrowthStrategy):
         max_neurons_per_expansion:int=32, # most units to add at once
         max_network_size:int=None, # most parameters
         flops_budget:float=None, # most operations of the whole training
-        start=None # what new units start from; the network's own if None
+        start=None, # what new units start from; the network's own if None
+        layers:str='one' # widen one layer at a time, or 'all'
     ):
+        if layers not in ('one', 'all'): raise ValueError(f"layers: got {layers!r}, takes 'one' or 'all'")
+        self.layers = layers
         super().__init__(**{k: v for k, v in locals().items() if k in OPTIONS})
 
     def should_grow(self, metrics, network, epoch):
         if not self.plateau(metrics['loss'], self.min_delta): return False, None
         return True, f'loss stood at {self.best:.4g} for {self.wait} epochs'
 
-    def determine_growth_action(self, metrics, network): return self.widen(network, [0]*len(network.get_layer_sizes()))
+    def determine_growth_action(self, metrics, network):
+        sizes = network.get_layer_sizes()
+        if self.layers == 'one': return self.widen(network, [0]*len(sizes))
+        return [dict(type='width', layer_idx=i, num_neurons=self.amount(n)) for i, n in enumerate(sizes)]
 
 # %% ../nbs/09c_policies.ipynb #2770a8ce
 class GradientBasedGrowth(GrowthStrategy):
@@ -305,15 +311,15 @@ def after_epoch(self, trainer):
 def act(self, trainer, action, why):
     "Apply an action as far as it fits; note it"
     x, y = trainer.x[:512], trainer.y[:512]
-    before = self.loss(trainer, x, y)
-    done = self.fitted(trainer, action, x, y)
     self.strategy.begin()
-    self.rest = self.strategy.cooldown
-    if done is None: return
-    event = dict(epoch=trainer.epoch, step=trainer.step, reason=why, loss_before=before, loss_after=self.loss(trainer, x, y)) | done
-    self.events.append(event)
-    self.gradients, self.steps = None, 0
-    trainer.log(edit=told(event))
+    self.rest, self.gradients, self.steps = self.strategy.cooldown, None, 0
+    for one in action if isinstance(action, (list, tuple)) else [action]:
+        before = self.loss(trainer, x, y)
+        done = self.fitted(trainer, one, x, y)
+        if done is None: continue
+        losses = dict(loss_before=before, loss_after=self.loss(trainer, x, y))
+        self.events.append(dict(epoch=trainer.epoch, step=trainer.step, reason=why) | losses | done)
+        trainer.log(edit=told(self.events[-1]))
 
 @method(Growth)
 def loss(self, trainer, x, y):
