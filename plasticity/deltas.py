@@ -6,22 +6,21 @@
 __all__ = ['DTYPES', 'SnapshotError', 'nbytes', 'bits', 'tensor', 'checksum', 'squeeze', 'planes', 'inflate', 'numbers',
            'reordered', 'fresh', 'encode', 'decode', 'aligned', 'parse', 'size_ok', 'Container', 'container']
 
-# %% ../nbs/14s_deltas.ipynb #e551bf36
+# %% ../nbs/14s_deltas.ipynb #64d18cb7
 import hashlib, json, math, zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .results import did_you_mean
-
-# %% ../nbs/14s_deltas.ipynb #9fa2f079
+# %% ../nbs/14s_deltas.ipynb #02ad9034
 class SnapshotError(ValueError):
     "A store of snapshots, or a file in it, is not what it says it is"
 
 DTYPES = {n: getattr(torch, t) for n, t in dict(
     F64='float64', F32='float32', F16='float16', BF16='bfloat16', F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', I64='int64', I32='int32',
-    I16='int16', I8='int8', U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64').items() if hasattr(torch, t)}
+    I16='int16', I8='int8', U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool',
+    C64='complex64').items() if hasattr(torch, t)}
 _NAMES = {v: k for k, v in DTYPES.items()}
 
 def nbytes(
@@ -31,12 +30,13 @@ def nbytes(
     "How many bytes a tensor takes"
     return math.prod(shape) * DTYPES[dtype].itemsize
 
-# %% ../nbs/14s_deltas.ipynb #a4d3afef
+# %% ../nbs/14s_deltas.ipynb #2a256466
 def bits(
     t # a dense tensor
 ): # (dtype, shape, its bytes as uint8 (bytes,)); the bytes are those of the tensor where it is contiguous on the CPU
     "The bits of a tensor"
-    if t.layout is not torch.strided: raise TypeError(f'tensor: got layout {t.layout}, takes dense tensors (store values and indices apart)')
+    if t.layout is not torch.strided:
+        raise TypeError(f'tensor: got layout {t.layout}, takes dense tensors (store values and indices apart)')
     if t.is_meta: raise TypeError('tensor: got one on the meta device, which has no values')
     if t.dtype not in _NAMES: raise TypeError(f'tensor: got {t.dtype}, takes one of {", ".join(_NAMES[d] for d in _NAMES)}')
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
@@ -61,7 +61,7 @@ def checksum(
     h.update(data)
     return h.hexdigest()[:32]
 
-# %% ../nbs/14s_deltas.ipynb #916d229f
+# %% ../nbs/14s_deltas.ipynb #e8948a55
 def _deflated(plane):
     "A plane deflated, or None where a sample says that it is noise"
     n = plane.size
@@ -108,7 +108,7 @@ def inflate(part, n):
     if len(out) != n or more: raise SnapshotError('a plane of bytes has another length')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #3d140129
+# %% ../nbs/14s_deltas.ipynb #710e5e26
 def numbers(
     v # integers (n,), 0 or more
 ): # uint8 (n, width)
@@ -138,7 +138,7 @@ def reordered(
     a = np.ascontiguousarray(a)
     return a.reshape(-1).view(np.uint8) if a.size else np.empty(0, np.uint8), a.shape
 
-# %% ../nbs/14s_deltas.ipynb #6a4f4482
+# %% ../nbs/14s_deltas.ipynb #d6b36654
 def _order_rows(order):
     "An order as small numbers: 0 for none, else one more than what each position is beyond its predecessor, in zigzag"
     out = np.zeros(len(order), np.int64)
@@ -198,7 +198,7 @@ def _shared(order, orders):
     sizes, data = squeeze(_order_rows(order))
     return orders.setdefault((data, tuple(sizes)), f'#{len(orders)}')
 
-# %% ../nbs/14s_deltas.ipynb #17a8133d
+# %% ../nbs/14s_deltas.ipynb #51cec395
 def _split(data, n):
     "The first n bytes and the rest"
     if not isinstance(n, int) or not 0 <= n <= len(data): raise SnapshotError('a delta is cut short')
@@ -250,7 +250,7 @@ def _positions(sizes, n, data, size):
     at[1:] += 1
     return np.cumsum(at, dtype=at.dtype)
 
-# %% ../nbs/14s_deltas.ipynb #48867c33
+# %% ../nbs/14s_deltas.ipynb #1b94fc1c
 def _rows(tensors):
     "Each position along dimension 0 of several tensors as one opaque value"
     flat = [np.ascontiguousarray(d.reshape(s[0], -1)) for _, s, d in tensors]
@@ -269,13 +269,14 @@ def aligned(
     seen, times = np.unique(order[order >= 0], return_counts=True)
     return np.where(np.isin(order, seen[times > 1]), -1, order)
 
-# %% ../nbs/14s_deltas.ipynb #04adb0e5
+# %% ../nbs/14s_deltas.ipynb #dd458fbe
 def parse(
     text:bytes, # JSON
     room:int=0 # bytes of memory that may be used beyond 4 MiB
 ):
     "JSON of a file that nobody trusts. Raises: SnapshotError"
-    if 64 * sum(map(text.count, (b',', b'[', b'{'))) > 2**22 + room: raise SnapshotError('its JSON would take more memory than the file is worth')
+    if 64 * sum(map(text.count, (b',', b'[', b'{'))) > 2**22 + room:
+        raise SnapshotError('its JSON would take more memory than the file is worth')
     def unique(pairs):
         d = dict(pairs)
         if len(d) < len(pairs): raise SnapshotError('its JSON has a key twice')
@@ -305,7 +306,7 @@ def _spans(table, room):
     if at != room: raise SnapshotError(f'{room - at} bytes of the file belong to nothing')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #fc3db063
+# %% ../nbs/14s_deltas.ipynb #f9fbf2f7
 class Container:
     "An open safetensors file, checked before anything in it is used"
     def __init__(self,
@@ -317,7 +318,8 @@ class Container:
         try:
             self.size = self.path.stat().st_size
             n = int.from_bytes(self.file.read(8), 'little')
-            if self.size < 8 or not 2 <= n <= min(self.size - 8, 2**26): raise SnapshotError('it is not a safetensors file, or it is cut short')
+            if self.size < 8 or not 2 <= n <= min(self.size - 8,
+                                                  2**26): raise SnapshotError('it is not a safetensors file, or it is cut short')
             self.header, self.start = self.file.read(n), 8 + n
             table = parse(self.header, 2*self.size)
             if not isinstance(table, dict): raise SnapshotError('its header is no table')
@@ -340,7 +342,7 @@ class Container:
     def __exit__(self, *args): self.file.close()
     def __repr__(self): return f'Container({self.path.name}, {len(self.table)} tensors, {self.size:,} bytes)'
 
-# %% ../nbs/14s_deltas.ipynb #f1b9ee3b
+# %% ../nbs/14s_deltas.ipynb #8586089b
 def container(
     tensors:dict, # name -> (dtype, shape, bytes)
     meta:dict # text -> text

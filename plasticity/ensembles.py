@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'probabilities', 'Ensemble', 'each', 'outputs', 'work']
 
-# %% ../nbs/14v_ensembles.ipynb #eab5c13a
+# %% ../nbs/14v_ensembles.ipynb #c6997a78
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +15,7 @@ from .results import Table, did_you_mean
 from .structure import tensors_of
 from .training import evaluating
 
-# %% ../nbs/14v_ensembles.ipynb #0456e129
+# %% ../nbs/14v_ensembles.ipynb #d8dd7e16
 MODES = 'average', 'progressive'
 
 def probabilities(
@@ -30,7 +30,7 @@ def _stackable(models):
     def form(m): return [(n, type(k)) for n, k in m.named_modules()], [(n, t.shape, t.dtype) for n, t in tensors_of(m).items()]
     return len(models) > 1 and all(form(m) == form(models[0]) for m in models[1:])
 
-# %% ../nbs/14v_ensembles.ipynb #fec48051
+# %% ../nbs/14v_ensembles.ipynb #d55eea39
 class Ensemble(nn.Module):
     "Several models that answer as one"
     def __init__(self,
@@ -67,7 +67,7 @@ class Ensemble(nn.Module):
     def forward(self, x): # (samples, outputs)
         with evaluating(self): return self.average(x) if self.mode == 'average' else self.progressive(x)
 
-# %% ../nbs/14v_ensembles.ipynb #d0215d6a
+# %% ../nbs/14v_ensembles.ipynb #4477bb19
 def each(
     models:list, # modules
     x # a batch
@@ -91,7 +91,7 @@ def outputs(models, x):
     if len(shapes) > 1: raise ValueError(f'snapshots: their outputs have shapes {sorted(shapes)}, takes members of one task')
     return torch.stack([made[i] for i in range(len(models))])
 
-# %% ../nbs/14v_ensembles.ipynb #a83340cf
+# %% ../nbs/14v_ensembles.ipynb #a6ce093c
 def _average(self, x): # (samples, outputs)
     "The weighted average of all members"
     z = outputs(list(self.members), x).float()
@@ -100,7 +100,7 @@ def _average(self, x): # (samples, outputs)
 
 Ensemble.average = _average
 
-# %% ../nbs/14v_ensembles.ipynb #c39fc62b
+# %% ../nbs/14v_ensembles.ipynb #876ac143
 def _progressive(self, x): # (samples, outputs)
     "The answer of the first member that is sure"
     left, out, self.used = torch.arange(len(x), device=x.device), None, []
@@ -118,7 +118,7 @@ def _progressive(self, x): # (samples, outputs)
 
 Ensemble.progressive = _progressive
 
-# %% ../nbs/14v_ensembles.ipynb #8c1016de
+# %% ../nbs/14v_ensembles.ipynb #04d91c74
 def work(
     model, # any module
     in_shape=None # of one sample; the model's own if None
@@ -126,7 +126,8 @@ def work(
     "What one sample costs; a link of a sparse layer counts as a multiplication and an addition"
     own = getattr(model, 'flops', None)
     if callable(own): return own()
-    links = sum(2*m.n_links for m in model.modules() if hasattr(m, 'n_links') and 'values' in m._parameters and getattr(m, 'running', '') != 'dense')
+    links = sum(2*m.n_links for m in model.modules() if hasattr(m, 'n_links') and 'values' in m._parameters and getattr(m, 'running',
+                                                            '') != 'dense')
     return links + flops(model, in_shape)
 
 def _cost(self,
@@ -145,7 +146,7 @@ def _score(self, x, y, in_shape=None) -> dict:
 
 Ensemble.cost, Ensemble.score = _cost, _score
 
-# %% ../nbs/14v_ensembles.ipynb #a8471cf0
+# %% ../nbs/14v_ensembles.ipynb #6f685e00
 def _learn(self,
     x, # validation samples, as the members take them
     y, # their labels, or targets

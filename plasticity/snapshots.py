@@ -6,17 +6,17 @@
 __all__ = ['PHASES', 'SnapshotManager', 'phase_of', 'SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore',
            'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #d9778d57
+# %% ../nbs/15_snapshots.ipynb #ae428af2
 from .deltas import SnapshotError # noqa: F401 this page's name too
 from .ensembles import Ensemble # noqa: F401 this page's name too
 from .store import Diff, Snapshot, SnapshotStore, StoreLocked, diff, load # noqa: F401 this page's names too
 from .structure import tensors_of
 from .training import Callback
 
-# %% ../nbs/15_snapshots.ipynb #7f8db7f6
+# %% ../nbs/15_snapshots.ipynb #dccfe84d
 _all_ = ['SnapshotError', 'Ensemble', 'Diff', 'Snapshot', 'SnapshotStore', 'StoreLocked', 'diff', 'load']
 
-# %% ../nbs/15_snapshots.ipynb #61864c9a
+# %% ../nbs/15_snapshots.ipynb #65cc19ac
 PHASES = dict(coarse=0, medium=50, fine=100) # name -> first epoch
 
 class SnapshotManager(SnapshotStore, Callback):
@@ -38,7 +38,8 @@ class SnapshotManager(SnapshotStore, Callback):
         if gain is not None and not gain > 0: raise ValueError(f'gain: got {gain!r}, takes a positive number or None')
         best = isinstance(keep, (tuple, list)) and len(keep) == 2 and keep[0] == 'best' and _count(keep[1])
         if not (keep == 'all' or _count(keep) or best): raise ValueError(f"keep: got {keep!r}, takes 'all', a number, or ('best', number)")
-        if isinstance(steps, int) and not _count(steps): raise ValueError(f'steps: got {steps!r}, takes steps, or a positive number between them')
+        if isinstance(steps, int) and not _count(steps):
+            raise ValueError(f'steps: got {steps!r}, takes steps, or a positive number between them')
         self.edits, self.gain, self.metric, self.phases = edits, gain, metric, dict(sorted(phases.items(), key=lambda kv: kv[1]))
         self.steps = steps if isinstance(steps, int) else frozenset(steps)
         self.keep, self.training, self.records = keep, training, []
@@ -46,7 +47,7 @@ class SnapshotManager(SnapshotStore, Callback):
 
 def _count(n): return isinstance(n, int) and not isinstance(n, bool) and n > 0
 
-# %% ../nbs/15_snapshots.ipynb #2500d2b5
+# %% ../nbs/15_snapshots.ipynb #ef31dc81
 def _after_edit(self, trainer, record):
     "An edit was made: it goes into the next snapshot"
     self.records.append(record)
@@ -70,7 +71,7 @@ def _after_step(self, trainer):
 SnapshotManager.after_edit, SnapshotManager.on_growth = _after_edit, _on_growth
 SnapshotManager._changed, SnapshotManager.after_step = _changed, _after_step
 
-# %% ../nbs/15_snapshots.ipynb #d5581da7
+# %% ../nbs/15_snapshots.ipynb #d1d48882
 def phase_of(
     epoch:int, # epochs done
     phases:dict # name -> first epoch
@@ -85,7 +86,8 @@ def _take(self, trainer, reason, phase=None, **about):
     old = self.saved, self.reference
     self.saved, self.reference = trainer.step, self.value
     try:
-        out = self.save(trainer.model, trainer=trainer if self.training else None, records=self.records, step=trainer.step, epoch=trainer.epoch,
+        out = self.save(trainer.model, trainer=trainer if self.training else None, records=self.records, step=trainer.step,
+                        epoch=trainer.epoch,
                         reason=reason, **({'phase': phase} if phase else {}), **about)
     except BaseException: self.saved, self.reference = old; raise
     self.records = []
@@ -108,7 +110,7 @@ def _thin(self):
 
 SnapshotManager.take, SnapshotManager._thin = _take, _thin
 
-# %% ../nbs/15_snapshots.ipynb #81a7b976
+# %% ../nbs/15_snapshots.ipynb #142f6bee
 def _before_fit(self, trainer):
     self.acquire()
     if self.saved is None: self.take(trainer, 'start')
@@ -139,7 +141,7 @@ def _after_fit(self, trainer):
 SnapshotManager.before_fit, SnapshotManager.on_log, SnapshotManager._better = _before_fit, _on_log, _better
 SnapshotManager.after_epoch, SnapshotManager.after_fit = _after_epoch, _after_fit
 
-# %% ../nbs/15_snapshots.ipynb #967cba3b
+# %% ../nbs/15_snapshots.ipynb #bec0fcb0
 def _state_dict(self): return dict(value=self.value, reference=self.reference, saved=self.saved)
 def _load_state_dict(self, state): self.value, self.reference, self.saved = state['value'], state['reference'], state['saved']
 SnapshotManager.state_dict, SnapshotManager.load_state_dict = _state_dict, _load_state_dict

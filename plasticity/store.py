@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'rea
            'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
            'diff']
 
-# %% ../nbs/14u_store.ipynb #4518e6a7
+# %% ../nbs/14u_store.ipynb #420361d5
 import json, os, re, stat, time, uuid, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .deltas import (DTYPES, Container, SnapshotError, aligned, bits, checksum, container, decode, encode, inflate, nbytes, parse, size_ok,
+from .deltas import (DTYPES, Container, SnapshotError, aligned, bits, checksum, container, decode, encode, inflate, nbytes,
+                               parse, size_ok,
                                tensor)
 from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #2230a944
+# %% ../nbs/14u_store.ipynb #51a48491
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -70,7 +71,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #711c6b8c
+# %% ../nbs/14u_store.ipynb #13027399
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -86,12 +87,14 @@ class Snapshot:
     def __hash__(self): return hash((self.store.folder, self.id))
     @property
     def row(self): return dict(id=self.id, kind='full' if self.base is None else f'on {self.base}', bytes=self.bytes) | self.about
-    def __repr__(self): return f'Snapshot({", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.row.items() if k != "time")})'
+    def __repr__(self):
+        told = [f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in self.row.items() if k != 'time']
+        return f'Snapshot({", ".join(told)})'
     def load(self, *args, **options): return self.store.load(self, *args, **options)
     @property
     def edits(self): return self.store._edits(self.entry)
 
-# %% ../nbs/14u_store.ipynb #19ec86aa
+# %% ../nbs/14u_store.ipynb #104de136
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -108,7 +111,8 @@ def read_index(
         size = os.stat(path).st_size
         with open(path, 'rb') as f:
             while raw := f.readline(2**20):
-                whole = raw.endswith(b'\n') and raw[16:17] == b' ' and sha256(f'{mark} '.encode() + raw[17:-1]).hexdigest()[:16].encode() == raw[:16]
+                right = sha256(f'{mark} '.encode() + raw[17:-1]).hexdigest()[:16].encode()
+                whole = raw.endswith(b'\n') and raw[16:17] == b' ' and right == raw[:16]
                 if not whole and f.tell() == size and not raw.endswith(b'\n'): break
                 if not whole: raise SnapshotError(f'{path}: line {len(events) + 1} is damaged; `repair()` makes a new index from the files')
                 events.append(parse(raw[17:-1])); mark = raw[:16].decode(); good = f.tell()
@@ -122,10 +126,11 @@ def read_index(
 
 def _entry_ok(e):
     return (isinstance(e, dict) and set(e) == {'id', 'file', 'bytes', 'head', 'base', 'about'} and size_ok(e['id']) and size_ok(e['bytes'])
-            and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id'] and isinstance(e['head'], str)
+            and isinstance(e['file'], str) and (m := _FILE.fullmatch(e['file'])) is not None and int(m[1]) == e['id']
+            and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #787b7f05
+# %% ../nbs/14u_store.ipynb #a54a7b11
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -189,24 +194,28 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #f6ae575a
+# %% ../nbs/14u_store.ipynb #9e3a4ce6
 _MAYBE = type(None)
-_FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE), frozen=(list, _MAYBE), edits=(int, _MAYBE),
+_FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE),
+               frozen=(list, _MAYBE), edits=(int, _MAYBE),
                tensors=dict, orders=dict, gone=list, trees=dict, history=(list, _MAYBE))
 
 def _manifest(c):
     "The manifest of a container, checked"
     text = c.meta.get('snapshot')
     if c.meta.get('format') != FORMAT or text is None: raise SnapshotError(f'{c.path}: is no snapshot')
-    if c.meta.get('version') != str(VERSION): raise SnapshotError(f"{c.path}: version {c.meta.get('version', '')[:20]}, this program reads {VERSION}")
-    if sha256(text.encode()).hexdigest()[:32] != c.meta.get('sha256'): raise SnapshotError(f'{c.path}: its manifest does not have its checksum')
+    if c.meta.get('version') != str(VERSION):
+        raise SnapshotError(f"{c.path}: version {c.meta.get('version', '')[:20]}, this program reads {VERSION}")
+    if sha256(text.encode()).hexdigest()[:32] != c.meta.get('sha256'):
+        raise SnapshotError(f'{c.path}: its manifest does not have its checksum')
     m = parse(text.encode(), 2*c.size)
     if not isinstance(m, dict): raise SnapshotError(f'{c.path}: its manifest is no table')
     for k, kinds in _FIELDS.items():
         if k not in m or not isinstance(m[k], kinds): raise SnapshotError(f'{c.path}: its manifest has no {k} that could be')
     if m['base'] is not None and not m['base'] < m['id']: raise SnapshotError(f'{c.path}: is based on a later snapshot')
     for n, e in m['tensors'].items(): _tensor_ok(c, n, e)
-    if any(not isinstance(n, str) or n in m['tensors'] for n in m['gone']): raise SnapshotError(f'{c.path}: says that a tensor is gone and there')
+    if any(not isinstance(n, str) or n in m['tensors'] for n in m['gone']):
+        raise SnapshotError(f'{c.path}: says that a tensor is gone and there')
     return m
 
 def _tensor_ok(c, name, e):
@@ -219,7 +228,7 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #98222aad
+# %% ../nbs/14u_store.ipynb #a042781e
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
@@ -233,7 +242,8 @@ def _edits(self, e):
     with self._container(e) as c:
         n = _manifest(c)['edits']
         if n is None: return []
-        if '#edits' not in c.table or not 0 < n <= 2*c.size + 2**20: raise SnapshotError(f'{c.path}: its edits are not what they are said to be')
+        if '#edits' not in c.table or not 0 < n <= 2*c.size + 2**20:
+            raise SnapshotError(f'{c.path}: its edits are not what they are said to be')
         data = c.read('#edits').tobytes()
         try: return parse(inflate(data, n) if n != len(data) else data, 2*c.size)
         except SnapshotError as err: raise SnapshotError(f'{c.path}: its edits: {err}') from None
@@ -259,7 +269,8 @@ def _container(self, e):
         if c.size != e['bytes']: raise SnapshotError(f"{c.path}: has {c.size} bytes, the index says {e['bytes']}")
         if sha256(c.header).hexdigest()[:32] != e['head']: raise SnapshotError(f'{c.path}: its header is not the one that the index knows')
         m = _manifest(c)
-        if (m['id'], m['base'], m['about'], m['store']) != (e['id'], e['base'], e['about'], self._head['store']): raise SnapshotError(f'{c.path}: is another snapshot')
+        if (m['id'], m['base'], m['about'], m['store']) != (e['id'], e['base'], e['about'],
+                                                            self._head['store']): raise SnapshotError(f'{c.path}: is another snapshot')
     except BaseException: c.file.close(); raise
     return c
 
@@ -274,7 +285,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #66543785
+# %% ../nbs/14u_store.ipynb #147737e0
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -291,7 +302,8 @@ def _plan(table, c, m, wanted):
         out[n] = dtype, tuple(shape), e['sha']
     for n, e in m['tensors'].items():
         if prefix(n) and e['c'] == 'same':
-            if e['of'] not in out or e['of'].split('/')[0] != n.split('/')[0]: raise SnapshotError(f'{c.path}: {n[:60]!r} is equal to what is not there')
+            if e['of'] not in out or e['of'].split('/')[0] != n.split('/')[0]:
+                raise SnapshotError(f'{c.path}: {n[:60]!r} is equal to what is not there')
             out[n] = (*out[e['of']][:2], e['sha'])
     return out
 
@@ -309,10 +321,11 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #e94e8982
+# %% ../nbs/14u_store.ipynb #4d2de434
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
-    out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n, e in m['tensors'].items())
+    out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n,
+                                                            e in m['tensors'].items())
     orders = {k: (sizes, memoryview(c.read(k))) for k, sizes in m['orders'].items()}
     for n in m['tensors']:
         if n not in table: continue
@@ -337,9 +350,11 @@ def _tensors(self, e, wanted=('model', 'extra', 'state')):
         for k, table, m in zip(chain, tables, manifests, strict=True):
             with self._container(k) as c: now = _stage(now, table, c, m)
         for n, (_, _, sha) in tables[-1].items():
-            if checksum(*now[n]) != sha: raise SnapshotError(f"{self.folder/e['file']}: {n} does not have its checksum; `verify()` says where it starts")
+            if checksum(*now[n]) != sha:
+                raise SnapshotError(f"{self.folder/e['file']}: {n} does not have its checksum; `verify()` says where it starts")
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as err:
-        if isinstance(err, SnapshotError): raise err if str(self.folder) in str(err) else SnapshotError(f"{self.folder/e['file']}: {err}") from None
+        if isinstance(err, SnapshotError):
+            raise err if str(self.folder) in str(err) else SnapshotError(f"{self.folder/e['file']}: {err}") from None
         raise SnapshotError(f"{self.folder/e['file']}: cannot be put together ({type(err).__name__}: {str(err)[:100]})") from None
     return now, manifests
 
@@ -347,7 +362,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #0595a03d
+# %% ../nbs/14u_store.ipynb #312044af
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -359,7 +374,9 @@ def acquire(self,
     self.folder.mkdir(parents=True, exist_ok=True)
     lock = open(self.folder/'.lock', 'a')
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: lock.close(); raise StoreLocked(f'{self.folder}: another writer has this store open; close it first, or take another folder') from None
+    except OSError:
+        lock.close()
+        raise StoreLocked(f'{self.folder}: another writer has this store open; close it first, or take another folder') from None
     self._lock = lock
     try:
         if tidy: self._tidy()
@@ -395,7 +412,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #09c7c222
+# %% ../nbs/14u_store.ipynb #f3706dee
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -408,7 +425,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #16588891
+# %% ../nbs/14u_store.ipynb #97ad4a5e
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -438,7 +455,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #2fc60720
+# %% ../nbs/14u_store.ipynb #c8f93293
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -488,10 +505,11 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #55755bd0
+# %% ../nbs/14u_store.ipynb #b576fb30
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
-    return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect') and hasattr(m, 'keys')}
+    return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect')
+            and hasattr(m, 'keys')}
 
 def _param_of(name):
     "(prefix, parameter, rest) of a tensor of a model or of its optimizer"
@@ -565,7 +583,7 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #fcc1919a
+# %% ../nbs/14u_store.ipynb #54ea0582
 def _packed(new, base, origins):
     "(manifest entries, pieces of the file, orders, names gone): what has changed since `base`, or everything"
     entries, pieces, same, orders = {}, {}, {}, {}
@@ -586,14 +604,15 @@ def _packed(new, base, origins):
     orders = {name: list(sizes) for (_, sizes), name in orders.items()}
     return entries, pieces, orders, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #cd863761
+# %% ../nbs/14u_store.ipynb #6baa8394
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
     for k, v in given.items():
         if isinstance(v, (torch.Tensor, np.generic)): v = v.item()
         if isinstance(v, float) and not np.isfinite(v): v = None
-        if not (v is None or isinstance(v, (bool, int, float, str))): raise TypeError(f'{k}: got a {type(v).__name__}, takes a number or a text')
+        if not (v is None or isinstance(v, (bool, int, float,
+                                            str))): raise TypeError(f'{k}: got a {type(v).__name__}, takes a number or a text')
         if v is not None: out[k] = v
     return out
 
@@ -624,7 +643,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #6d756822
+# %% ../nbs/14u_store.ipynb #c5b2c843
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -639,7 +658,8 @@ def _reachable(self, model, spec, inserted):
         then = attributes(bones)
         try: shaped(given, inserted, shapes, differing(attributes(model), then))
         except SnapshotError as e:
-            raise ValueError(f'model: it cannot be built again from its spec and the edits that the store knows of ({e}); give `records=` of all edits '
+            raise ValueError(
+                f'model: it cannot be built again from its spec and the edits that the store knows of ({e}); give `records=` of all edits '
                              'that put modules in, or save a model without `spec`') from None
         self._known = key, then
     return differing(attributes(model), self._known[1])
@@ -656,7 +676,8 @@ def _write(self, i, now, base, records, about, file=None):
         pieces = dict(now['tensors'])
     noted = None
     if now['edits']: noted, pieces['#edits'] = _noted(now['edits'], sum(len(p[2]) for p in pieces.values()))
-    m = dict(store=self._head['store'], id=i, base=base['id'] if base else None, about=about, edits=noted, tensors=entries, orders=orders, gone=gone,
+    m = dict(store=self._head['store'], id=i, base=base['id'] if base else None, about=about, edits=noted, tensors=entries,
+             orders=orders, gone=gone,
              trees=now['trees'], **_changed(now, base))
     text = json.dumps(m, separators=(',', ':'), allow_nan=False)
     data = container(pieces, dict(format=FORMAT, version=str(VERSION), sha256=sha256(text.encode()).hexdigest()[:32], snapshot=text))
@@ -674,7 +695,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #18688753
+# %% ../nbs/14u_store.ipynb #6841ab18
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -707,9 +728,10 @@ def _remembered(i, now, base, size):
         same = was is not None and was[:2] == (dtype, shape) and np.array_equal(was[2], data)
         out[n] = was if same else (dtype, shape, data.copy())
     return dict(id=i, tensors=out, depth=base['depth'] + 1 if base else 0, room=size + (base['room'] if base else 0), links=now['links'],
-                history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs', 'frozen')})
+                history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs',
+                                                            'frozen')})
 
-# %% ../nbs/14u_store.ipynb #7c634cb1
+# %% ../nbs/14u_store.ipynb #0c6c1d1d
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -725,10 +747,12 @@ def _made(model, spec):
     if isinstance(model, nn.Module): return model
     import inspect
     given = {k: v for k, v in (spec or {}).items() if k != 'name'}
-    try: alone = not [p for p in inspect.signature(model).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    try: alone = not [p for p in inspect.signature(model).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,
+                                                            p.POSITIONAL_OR_KEYWORD)]
     except (TypeError, ValueError): alone = True
     out = model() if alone else model(**given)
-    if not isinstance(out, nn.Module): raise TypeError(f'model: the function gave a {type(out).__name__}, takes one that gives an nn.Module')
+    if not isinstance(out, nn.Module):
+        raise TypeError(f'model: the function gave a {type(out).__name__}, takes one that gives an nn.Module')
     return out
 
 @method(SnapshotStore)
@@ -774,7 +798,7 @@ def _told(manifests):
     spec = _inherited(manifests, 'spec')
     return None if spec is None else from_data(spec, {})
 
-# %% ../nbs/14u_store.ipynb #935fcce8
+# %% ../nbs/14u_store.ipynb #ae33efc8
 @method(SnapshotStore)
 def _fill(self, model, spec, got, ms):
     "The model with the tensors of a snapshot"
@@ -782,13 +806,15 @@ def _fill(self, model, spec, got, ms):
     mine = {n[6:]: t for n, t in got.items() if n.startswith('model/')}
     extra = from_data(ms[-1]['trees']['extra'], got) if 'extra' in ms[-1]['trees'] else {}
     if model is None:
-        if spec is None: raise SnapshotError('it holds no specification: give `model=`, a model as it was at first or a function that makes one')
+        if spec is None:
+            raise SnapshotError('it holds no specification: give `model=`, a model as it was at first or a function that makes one')
         room = 4*sum(t.numel() for t in mine.values()) + 2**22
         model = shaped(spec, inserted, {n: (t.dtype, tuple(t.shape)) for n, t in mine.items()}, attrs or {}, room)
     else:
         known = LINEAGE.get(model, [])
         if tensors_of(model).keys() != mine.keys():
-            if inserted[:len(known)] != known: raise SnapshotError('the model was given other layers than the snapshot has; load into a fresh one')
+            if inserted[:len(known)] != known:
+                raise SnapshotError('the model was given other layers than the snapshot has; load into a fresh one')
             for op in inserted[len(known):]: insert(model, op)
     if not any(t.is_meta for t in tensors_of(model).values()):
         more = {f'{n}.{"_extra_state"}'.lstrip('.'): v for n, v in extra.items()}
@@ -810,7 +836,7 @@ def _state(self):
 
 Snapshot.state = _state
 
-# %% ../nbs/14u_store.ipynb #e16d00f2
+# %% ../nbs/14u_store.ipynb #21f8f80a
 @method(SnapshotStore)
 def _ids(self, given):
     "Ids of snapshots, names or places"
@@ -855,7 +881,7 @@ def _compact(self):
             self._last = None
         before, edits = i, []
 
-# %% ../nbs/14u_store.ipynb #3aec66ad
+# %% ../nbs/14u_store.ipynb #d1f5e334
 @method(SnapshotStore)
 def verify(self) -> Table: # id, file, bytes, state (ok, damaged, unused, foreign), why
     "Read every snapshot whole and check every sum"
@@ -871,11 +897,12 @@ def verify(self) -> Table: # id, file, bytes, state (ok, damaged, unused, foreig
     for n in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
         if n in known or n.endswith('.damaged'): continue
         left = n.endswith('.tmp') or ((m := _FILE.fullmatch(n)) and int(m[1]) <= max(self._entries, default=-1))
-        rows.append(dict(id=None, file=n, bytes=None, state='unused' if left else 'foreign', why='left by a writer that was killed; the next one '
+        rows.append(dict(id=None, file=n, bytes=None, state='unused' if left else 'foreign',
+                         why='left by a writer that was killed; the next one '
                          'removes it' if left else 'not of this store'))
     return Table(rows)
 
-# %% ../nbs/14u_store.ipynb #dfb68069
+# %% ../nbs/14u_store.ipynb #1f4bcdef
 @method(SnapshotStore)
 def repair(self) -> Table: # file, done
     "Make the store consistent again: keep every snapshot that is whole, put the others aside"
@@ -940,7 +967,7 @@ def _rewrite(self, hidden):
     self._mark = self._last = None
     self._tidy()
 
-# %% ../nbs/14u_store.ipynb #46554454
+# %% ../nbs/14u_store.ipynb #0e0ef706
 class Diff(Table):
     "What differs between two snapshots: a row for each tensor; `edits` are those between them"
     edits = ()
@@ -955,7 +982,8 @@ def _compared(name, a, b):
     wide = torch.complex128 if x.is_complex() else torch.float64
     moved = (y.to(wide) - x.to(wide)).abs()
     share = (x.view(torch.uint8).view(-1, x.element_size()) != y.view(torch.uint8).view(-1, y.element_size())).any(1).double().mean().item()
-    return row | dict(change='changed', entries=share, relative=(moved.norm()/x.to(wide).norm().clamp(min=1e-30)).item(), largest=moved.max().item())
+    return row | dict(change='changed', entries=share, relative=(moved.norm()/x.to(wide).norm().clamp(min=1e-30)).item(),
+                      largest=moved.max().item())
 
 @method(SnapshotStore)
 def diff(self,

@@ -6,7 +6,7 @@
 __all__ = ['LINEAGE', 'as_data', 'from_data', 'Limited', 'skeleton', 'tensors_of', 'insertions', 'insert', 'Moves', 'attributes',
            'differing', 'set_attributes', 'places', 'put_tensors', 'extras', 'set_extras', 'shaped']
 
-# %% ../nbs/14t_structure.ipynb #b4af8ce9
+# %% ../nbs/14t_structure.ipynb #6205b807
 import math, weakref
 
 import numpy as np
@@ -22,7 +22,7 @@ from .surgery import Surgeon
 from .tensors import set_data
 from .training import evaluating, unpack
 
-# %% ../nbs/14t_structure.ipynb #7902eae3
+# %% ../nbs/14t_structure.ipynb #f1dfa3c2
 def as_data(
     v, # dicts, lists, tuples, numbers, strings, None and tensors
     path:str, # name of the tree
@@ -62,9 +62,10 @@ def from_data(
         if isinstance(v, list): return [floats(x) for x in v]
         return {k: floats(x) for k, x in v.items()} if isinstance(v, dict) else v
     try: return unpack(floats(plain(tree)), tensors)
-    except (KeyError, TypeError, ValueError) as e: raise SnapshotError(f'its state cannot be read ({type(e).__name__}: {str(e)[:80]})') from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise SnapshotError(f'its state cannot be read ({type(e).__name__}: {str(e)[:80]})') from None
 
-# %% ../nbs/14t_structure.ipynb #d9753cac
+# %% ../nbs/14t_structure.ipynb #e269d4c6
 class Limited(TorchDispatchMode):
     "Within, no operation may ask for more than so many numbers, and no more than so many parameters may be registered"
     def __init__(self,
@@ -77,7 +78,8 @@ class Limited(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for a in args:
             sizes = [a] if isinstance(a, int) else a if isinstance(a, (list, tuple)) and all(isinstance(s, int) for s in a) else []
-            if math.prod(abs(s) for s in sizes) > self.numbers: raise SnapshotError(f'its specification asks for a tensor of {tuple(sizes)}')
+            if math.prod(abs(s) for s in sizes) > self.numbers:
+                raise SnapshotError(f'its specification asks for a tensor of {tuple(sizes)}')
         return func(*args, **(kwargs or {}))
 
     def _register(self, *args):
@@ -92,7 +94,7 @@ class Limited(TorchDispatchMode):
         self.hook.remove()
         return super().__exit__(*args)
 
-# %% ../nbs/14t_structure.ipynb #4433c470
+# %% ../nbs/14t_structure.ipynb #d7a908bf
 def _on_meta(model):
     "Whether nothing of a model was left outside the meta device, and nothing hidden in it"
     mine = [*model.parameters(), *model.buffers()]
@@ -106,7 +108,8 @@ def skeleton(
 ): # the model, on the meta device where it can be
     "The model that a specification asks for, without weights. Raises: SnapshotError"
     if not isinstance(spec, dict) or spec.get('name') not in MODELS:
-        raise SnapshotError(f"its model {str(spec.get('name') if isinstance(spec, dict) else spec)[:60]!r} is not registered here: import what "
+        raise SnapshotError(
+            f"its model {str(spec.get('name') if isinstance(spec, dict) else spec)[:60]!r} is not registered here: import what "
                             'registers it, or give `model=`')
     state = random_state()
     try:
@@ -120,7 +123,7 @@ def skeleton(
             if device == 'cpu' or _on_meta(model): return model
     finally: set_random_state(state)
 
-# %% ../nbs/14t_structure.ipynb #f25fbe3d
+# %% ../nbs/14t_structure.ipynb #49f563a5
 LINEAGE = weakref.WeakKeyDictionary() # model -> insertions since its specification
 
 def tensors_of(
@@ -150,11 +153,12 @@ def insert(
             if op['op'] == 'insert': more = dict(values={k: t.detach() for k, t in tensors_of(made(model, op['spec'])).items()})
             Surgeon(model).run(op | more)
     except Exception as e:
-        raise e if isinstance(e, SnapshotError) else SnapshotError(f'its insertion is refused ({type(e).__name__}: {str(e)[:100]})') from None
+        raise e if isinstance(e, SnapshotError) else SnapshotError(
+            f'its insertion is refused ({type(e).__name__}: {str(e)[:100]})') from None
     if len(tensors_of(model)) > count: raise SnapshotError(f'its insertions make more than {count} tensors')
     return {n: before.get(id(t)) for n, t in tensors_of(model).items()}
 
-# %% ../nbs/14t_structure.ipynb #60e92a76
+# %% ../nbs/14t_structure.ipynb #e6312e12
 class Moves:
     "Which tensor of some moment each tensor of a model comes from, and in which order"
     def __init__(self,
@@ -185,7 +189,7 @@ class Moves:
             d = getattr(self, k)
             setattr(self, k, {new: d[old] for new, old in names.items() if old in d})
 
-# %% ../nbs/14t_structure.ipynb #0e53c365
+# %% ../nbs/14t_structure.ipynb #9617405f
 def _plain(v): return isinstance(v, (bool, int, float, str)) or (isinstance(v, (tuple, list)) and len(v) < 65 and all(
     isinstance(x, (bool, int, float, str)) for x in v))
 
@@ -219,7 +223,7 @@ def set_attributes(
             setattr(modules[path], k, tuple(v) if isinstance(own[k], tuple) else v)
     Surgeon(model).keep_sizes(list(tensors_of(model))) # what tensors say counts more
 
-# %% ../nbs/14t_structure.ipynb #f420c197
+# %% ../nbs/14t_structure.ipynb #5cfd933b
 def places(
     model # any module
 ) -> list: # [(parameter or buffer, [(module, table, leaf)])]
@@ -271,7 +275,7 @@ def put_tensors(
         for table, leaf in spots: table[leaf] = new
     Surgeon(model).keep_sizes(list(here))
 
-# %% ../nbs/14t_structure.ipynb #11983c02
+# %% ../nbs/14t_structure.ipynb #1aad1524
 def extras(
     model # any module
 ) -> dict: # module -> what its `get_extra_state` gives
@@ -291,7 +295,7 @@ def set_extras(
         try: modules[n].set_extra_state(v)
         except Exception as e: raise SnapshotError(f'the extra state of {n!r} is refused ({type(e).__name__}: {str(e)[:100]})') from None
 
-# %% ../nbs/14t_structure.ipynb #462f9568
+# %% ../nbs/14t_structure.ipynb #5046c25f
 def _runs(model, spec, dtype):
     "None where the model takes its input on the meta device, else why not"
     shape = spec['in_shape'] if isinstance(spec['in_shape'], (tuple, list)) else (spec['in_shape'],)

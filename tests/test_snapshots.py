@@ -1,5 +1,5 @@
 "Edge cases and acceptance of snapshots; PLASTICITY_FULL=1 runs the full counts (50 edits, 200 kills, 2,000 damaged stores)"
-import errno, hashlib, json, os, random, resource, select, signal, subprocess, sys, textwrap, time
+import errno, hashlib, json, os, random, resource, select, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from plasticity.data import Data, get_data
-from plasticity.deltas import Container, SnapshotError, bits, checksum, container, decode, encode, parse, planes, squeeze, tensor
+from plasticity.data import get_data
+from plasticity.deltas import Container, SnapshotError, bits, checksum, container, decode, encode, squeeze
 from plasticity.edits import edit
-from plasticity.models import make_model, register_model
+from plasticity.models import make_model
 from plasticity.snapshots import Ensemble, SnapshotManager, SnapshotStore, StoreLocked, diff, load
 from plasticity.store import _line, read_index
-from plasticity.structure import as_data, from_data, skeleton, tensors_of
 from plasticity.training import Callback, Trainer
 from plasticity.units import EditError, units
 
@@ -26,11 +25,13 @@ def image(model, optimizer=None):
     h = hashlib.sha256()
     names = {id(p): n for n, p in model.named_parameters()}
     for n, t in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda kv: kv[0]):
-        h.update(f'{n} {t.dtype} {tuple(t.shape)}'.encode()); h.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(f'{n} {t.dtype} {tuple(t.shape)}'.encode())
+        h.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for p, s in sorted(optimizer.state.items(), key=lambda kv: names[id(kv[0])]) if optimizer else ():
         for k, v in sorted(s.items()):
             h.update(f'{names[id(p)]} {k}'.encode())
-            h.update(v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(v, torch.Tensor) else str(v).encode())
+            h.update(v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(v, torch.Tensor)
+                     else str(v).encode())
     return h.hexdigest()
 
 def step(model, optimizer, x, seed=0):
@@ -128,7 +129,8 @@ print(json.dumps(out))
 def test_every_stage_of_a_chain_is_restored_in_a_new_process(tmp_path):
     said = {k: chain(k, tmp_path/k, 50 if FULL else 10) for k in KINDS}
     code = IN_NEW_PROCESS.format(here=str(HERE), tests=str(HERE/'tests'))
-    done = subprocess.run([sys.executable, '-c', code, json.dumps({k: str(tmp_path/k) for k in KINDS})], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, '-c', code, json.dumps({k: str(tmp_path/k) for k in KINDS})], capture_output=True, text=True,
+                          timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     got = json.loads(done.stdout)
     for k in KINDS: assert got[k] == said[k] and len(set(said[k])) > len(said[k])//2
@@ -208,7 +210,8 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
     try:
         with pytest.raises(OSError): store.save(model, full=True, k=1)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert len(store) == 1 and image(store.load(-1)) == want and sorted(os.listdir(tmp_path/'a')) == ['.lock', '00000000.safetensors', 'index.jsonl']
+    assert len(store) == 1 and image(store.load(-1)) == want and sorted(os.listdir(tmp_path/'a')) == ['.lock', '00000000.safetensors',
+                                                            'index.jsonl']
     write, n = os.write, [0]
     def full(fd, data):
         n[0] += 1
@@ -222,7 +225,8 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not FULL or os.geteuid() != 0, reason='mounts a small file system')
 def test_a_really_full_disk(tmp_path):
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(tmp_path)], capture_output=True).returncode: pytest.skip('no mount here')
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(tmp_path)],
+                      capture_output=True).returncode: pytest.skip('no mount here')
     try:
         store, model, said = SnapshotStore(tmp_path/'a', full_every=3), make_model('mlp', 64, 10, hidden_sizes=(64,), seed=0), []
         with pytest.raises(OSError, match='No space'):
@@ -323,13 +327,15 @@ def test_encode_and_decode_are_inverse(data):
         if shape[d] and data.draw(st.booleans()):
             order = data.draw(st.lists(st.integers(-1, shape[d] - 1), max_size=8))
             moves[d] = np.array(order, np.int64)
-            new = torch.cat([new, torch.zeros_like(new.narrow(d, 0, 1))], d).index_select(d, torch.tensor(order, dtype=torch.long) % (shape[d] + 1))
+            new = torch.cat([new, torch.zeros_like(new.narrow(d, 0, 1))], d).index_select(d, torch.tensor(order,
+                                                            dtype=torch.long) % (shape[d] + 1))
     mask = torch.rand(new.shape, generator=g) < data.draw(st.sampled_from([0., .1, .9]))
     new = torch.where(mask, (torch.randn(new.shape, generator=g)).to(new.dtype), new)
     a, b = bits(old), bits(new)
     orders = {}
     made = encode(b, a, moves, orders)
-    if made is None: assert not moves and torch.equal(old.view(-1).view(torch.uint8) if old.numel() else old, new.view(-1).view(torch.uint8) if new.numel() else new); return
+    if made is None: assert not moves and torch.equal(old.view(-1).view(torch.uint8) if old.numel() else old,
+                                                      new.view(-1).view(torch.uint8) if new.numel() else new); return
     entry, part = made
     if entry['c'] == 'raw': return
     named = {name: (list(sizes), memoryview(d)) for (d, sizes), name in orders.items()}
@@ -374,7 +380,8 @@ def forge(folder, change_index=None, change_file=None, i=-1):
         with Container(path) as c: pieces, meta = {n: (*v[:2], c.read(n)) for n, v in c.table.items()}, json.loads(c.meta['snapshot'])
         change_file(meta, pieces)
         text = json.dumps(meta)
-        data = container(pieces, dict(format='plasticity snapshots', version='1', sha256=hashlib.sha256(text.encode()).hexdigest()[:32], snapshot=text))
+        data = container(pieces, dict(format='plasticity snapshots', version='1', sha256=hashlib.sha256(text.encode()).hexdigest()[:32],
+                                      snapshot=text))
         path.write_bytes(data)
         n = int.from_bytes(data[:8], 'little')
         e |= dict(bytes=len(data), head=hashlib.sha256(data[8:8 + n]).hexdigest()[:32])
@@ -429,29 +436,44 @@ FULL_FORGERIES = dict(  # of a full snapshot
     attrs3=set_(['attrs'], {'head': {'in_features': 10**15}}), attrs4=set_(['attrs'], {'head': 3}),
     insert=set_(['inserted'], [dict(op='insert', parent='layers', name='0', spec=dict(kind='identity', n=10**9, dims=0))]),
     insert2=set_(['inserted'], [dict(op='insert', parent='', name='layers', spec=dict(kind='block', like=''))]*60),
-    insert3=set_(['inserted'], [dict(op='insert', parent='../..', name='x', spec=dict(kind='residual', n=3, dims=0, width=3, act='MultiheadAttention'))]),
+    insert3=set_(['inserted'], [dict(op='insert', parent='../..', name='x', spec=dict(kind='residual', n=3, dims=0, width=3,
+                                                            act='MultiheadAttention'))]),
     insert4=set_(['inserted'], [dict(op='attr', module='', name='forward', value='x')]), insert5=set_(['inserted'], ['x']),
-    many_twins=lambda m, p: m['tensors'].update({f'model/x{i}': dict(c='same', of=first_tensor(m, 'raw')[0], sha=first_tensor(m, 'raw')[1]['sha'])
+    many_twins=lambda m, p: m['tensors'].update({f'model/x{i}': dict(c='same', of=first_tensor(m, 'raw')[0], sha=first_tensor(m,
+                                                            'raw')[1]['sha'])
                                                  for i in range(3000)}),
     extra=lambda m, p: m['trees'].update(extra={'$dict': [['', 'x']]}), tree=lambda m, p: m['trees'].update(optimizer={'$code': 'x'}),
     group=lambda m, p: m['trees'].update(optimizer={'$dict': [['groups', []], ['state', {'$dict': []}]]}),
     missing=lambda m, p: m['tensors'].pop(first_tensor(m)[0]), no_sha=lambda m, p: first_tensor(m)[1].pop('sha'),
-    frozen=set_(['frozen'], [[1]]), store=set_(['store'], 'another'), id=set_(['id'], 99), version=set_(['base'], 7), edits=set_(['edits'], 10**9))
+    frozen=set_(['frozen'], [[1]]), store=set_(['store'], 'another'), id=set_(['id'], 99), version=set_(['base'],
+                                                            7), edits=set_(['edits'], 10**9))
 DELTA_FORGERIES = dict(  # of a delta
-    bomb=bomb, order_bomb=order_bomb, base=set_(['base'], 10**6), base_self=lambda m, p: m.update(base=m['id']), base_none=set_(['base'], None), base_text=set_(['base'], '../0'),
-    start=lambda m, p: first_tensor(m, 'delta')[1].update({'from': 'model/nothing'}), across=lambda m, p: first_tensor(m, 'delta')[1].update({'from': 'state/x'}),
-    huge=lambda m, p: first_tensor(m, 'delta')[1].update(shape=[2**40]), at=lambda m, p: first_tensor(m, 'delta')[1].update(at=[10**12, 0, [0]*8]),
+    bomb=bomb, order_bomb=order_bomb, base=set_(['base'], 10**6), base_self=lambda m, p: m.update(base=m['id']), base_none=set_(['base'],
+                                                            None), base_text=set_(['base'], '../0'),
+    start=lambda m, p: first_tensor(m, 'delta')[1].update({'from': 'model/nothing'}), across=lambda m, p: first_tensor(m,
+                                                            'delta')[1].update({'from': 'state/x'}),
+    huge=lambda m, p: first_tensor(m, 'delta')[1].update(shape=[2**40]), at=lambda m, p: first_tensor(m, 'delta')[1].update(at=[10**12,
+                                                            0, [0]*8]),
     at2=lambda m, p: first_tensor(m, 'delta')[1].update(at='x'), to=lambda m, p: first_tensor(m, 'delta')[1].update(to=[0, 0, 0, 0]),
-    to2=lambda m, p: first_tensor(m, 'delta')[1].update(to=[-1]*9), moves=lambda m, p: first_tensor(m, 'delta')[1].update(moves=[[9, 3, '#0']]),
+    to2=lambda m, p: first_tensor(m, 'delta')[1].update(to=[-1]*9), moves=lambda m, p: first_tensor(m, 'delta')[1].update(moves=[[9, 3,
+                                                            '#0']]),
     moves2=lambda m, p: first_tensor(m, 'delta')[1].update(moves=7), gone=set_(['gone'], ['model/head.weight']), gone2=set_(['gone'], [3]),
-    new=lambda m, p: first_tensor(m, 'delta')[1].update(new=[0, [0]*4]), orders=set_(['orders'], {'#7': [1]}), shape=lambda m, p: first_tensor(m, 'delta')[1].update(shape=[]),
+    new=lambda m, p: first_tensor(m, 'delta')[1].update(new=[0, [0]*4]), orders=set_(['orders'],
+                                                            {'#7': [1]}), shape=lambda m, p: first_tensor(m, 'delta')[1].update(shape=[]),
     kind=lambda m, p: first_tensor(m, 'delta')[1].update(c='code'), history=set_(['history'], [5, 'x']), about=set_(['about'], {}))
 INDEX_FORGERIES = dict(
-    path=lambda es, e: e.update(file='../../etc/passwd'), path2=lambda es, e: e.update(file='../00000005.safetensors'), absolute=lambda es, e: e.update(file='/etc/passwd'),
-    size=lambda es, e: e.update(bytes=10**15), base=lambda es, e: e.update(base=e['id'] + 1), base2=lambda es, e: e.update(base=10**9), head=lambda es, e: e.update(head='0'*32),
-    version=lambda es, e: es[0].update(version=2), version2=lambda es, e: es[0].update(version='../1'), format=lambda es, e: es[0].update(format='x'),
+    path=lambda es, e: e.update(file='../../etc/passwd'),
+    path2=lambda es, e: e.update(file='../00000005.safetensors'),
+    absolute=lambda es, e: e.update(file='/etc/passwd'),
+    size=lambda es, e: e.update(bytes=10**15),
+    base=lambda es, e: e.update(base=e['id'] + 1), base2=lambda es, e: e.update(base=10**9),
+    head=lambda es, e: e.update(head='0'*32),
+    version=lambda es, e: es[0].update(version=2), version2=lambda es, e: es[0].update(version='../1'),
+    format=lambda es, e: es[0].update(format='x'),
     store=lambda es, e: es[0].update(store='0'*32), lines=lambda es, e: es.insert(1, ['x']), drop=lambda es, e: es.append(dict(drop='all')),
-    code=lambda es, e: es.append(dict(eval='__import__("os")')), id=lambda es, e: e.update(id='5'), id2=lambda es, e: e.update(id=-1), about=lambda es, e: e.update(about=3),
+    code=lambda es, e: es.append(dict(eval='__import__("os")')), id=lambda es, e: e.update(id='5'),
+    id2=lambda es, e: e.update(id=-1),
+    about=lambda es, e: e.update(about=3),
     swap=lambda es, e: es[1].update(file=e['file'], head=e['head'], bytes=e['bytes']), less=lambda es, e: e.pop('head'))
 
 HUGE = 'huge_width deep eternal insert insert2 many_twins huge at attrs3 size edits'.split()
@@ -459,7 +481,8 @@ HUGE = 'huge_width deep eternal insert insert2 many_twins huge at attrs3 size ed
 def raw_damage(rng, folder):
     "Damage without knowledge of the format"
     files = sorted(f for f in folder.iterdir() if f.is_file())
-    f, kind = rng.choice(files), rng.choice(['flip', 'flip', 'flip', 'cut', 'cut', 'gone', 'noise', 'append', 'zeros', 'swap', 'link', 'foreign', 'json', 'dir'])
+    f, kind = rng.choice(files), rng.choice(['flip', 'flip', 'flip', 'cut', 'cut', 'gone', 'noise', 'append', 'zeros', 'swap', 'link',
+                                             'foreign', 'json', 'dir'])
     data = bytearray(f.read_bytes())
     if kind == 'flip':
         for _ in range(rng.choice([1, 1, 3])): data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -467,7 +490,8 @@ def raw_damage(rng, folder):
     if kind == 'noise': a = rng.randrange(len(data)); data[a:a + 50] = rng.randbytes(50)
     if kind == 'append': data += rng.randbytes(rng.randrange(1, 99))
     if kind == 'zeros': a = rng.randrange(len(data)); data[a:a + 200] = bytes(len(data[a:a + 200]))
-    if kind == 'json': data[:rng.randrange(8, 60)] = (2**rng.randrange(3, 60)).to_bytes(8, 'little') + b'{"__metadata__":' + b'['*rng.randrange(20)
+    if kind == 'json': data[:rng.randrange(8, 60)] = (2**rng.randrange(3, 60)).to_bytes(8,
+                                                            'little') + b'{"__metadata__":' + b'['*rng.randrange(20)
     if kind in ('gone', 'dir', 'link'): f.unlink()
     if kind == 'dir': f.mkdir(); return kind
     if kind == 'link': f.symlink_to('/etc/hostname'); return kind
@@ -564,9 +588,11 @@ class Grow(Callback):
     def load_state_dict(self, state): self.count = state['count']
 
 def trainer_of(model, data, manager, **options):
-    return Trainer(model, data, seed=3, callbacks=[Grow({3: 4, 9: 'deeper', 14: 2}), *([manager] if manager else [])], device='cpu', batch_size=32, **options)
+    return Trainer(model, data, seed=3, callbacks=[Grow({3: 4, 9: 'deeper', 14: 2}), *([manager] if manager else [])], device='cpu',
+                   batch_size=32, **options)
 
-@pytest.mark.parametrize('options', [dict(optimizer='adam'), dict(optimizer='sgd', momentum=.9, lr=.05), dict(optimizer='noisy_sgd', clip=1.)])
+@pytest.mark.parametrize('options', [dict(optimizer='adam'), dict(optimizer='sgd', momentum=.9, lr=.05), dict(optimizer='noisy_sgd',
+                                                            clip=1.)])
 def test_training_goes_on_bit_for_bit(tmp_path, data, options):
     def make(): return make_model('mlp', data.shape, 10, hidden_sizes=(12, 8), normalization='batch', dropout=.2, seed=0)
     manager = SnapshotManager(tmp_path/'a', steps=range(5, 40, 4), sync=False)
@@ -574,7 +600,8 @@ def test_training_goes_on_bit_for_bit(tmp_path, data, options):
     manager.close()
     assert [s.reason for s in manager].count('edit') == 3 and len(manager) > 6
     for s in [manager[0], manager[3], manager[6], manager[-2]]:
-        half = manager.load(s, trainer=lambda m: trainer_of(m, data, SnapshotManager(tmp_path/f'b{s.id}', steps=range(5, 40, 4), sync=False), **options))
+        half = manager.load(s, trainer=lambda m, s=s: trainer_of(m, data, SnapshotManager(tmp_path/f'b{s.id}', steps=range(5, 40, 4),
+                                                            sync=False), **options))
         assert half.step == s.step and half.callbacks[0].count == sum(k <= s.step for k in (3, 9, 14))
         half.fit()
         half.callbacks[1].close()
@@ -600,14 +627,16 @@ def test_the_manager_saves_when_it_should(tmp_path, data):
     m, t = run('steps', gain=None, steps=[2, 5], phases={})
     assert [(s.step, s.reason) for s in m] == [(0, 'start'), (2, 'step'), (5, 'step'), (t.step, 'end')]
     m, t = run('phases', gain=None, phases=dict(coarse=0, medium=2, fine=3))
-    assert [(s.phase, s.epoch, s.reason) for s in m] == [('coarse', 0, 'start'), ('coarse', 2, 'phase'), ('medium', 3, 'phase'), ('fine', 4, 'end')]
+    assert [(s.phase, s.epoch, s.reason) for s in m] == [('coarse', 0, 'start'), ('coarse', 2, 'phase'), ('medium', 3, 'phase'),
+                                                         ('fine', 4, 'end')]
     m, t = run('untold', gain=None, phases={}, callbacks=[Grow({3: 2, 5: 3}, tell=False)])
     assert [s.reason for s in m] == ['start', 'edit', 'edit', 'end'] and image(m.load(-1)) == image(t.model)
     m, t = run('last', keep=3, steps=2, gain=None, phases={})
     assert len(m) == 3 and m[-1].step == t.step and image(m.load(-1)) == image(t.model) and len(list(m.folder.glob('*.safetensors'))) <= 23
     m, t = run('best', keep=('best', 1), gain=.001, epochs=6, phases=dict(a=0, b=3))
     best = max(s.accuracy for s in m if s.phase == 'b')
-    assert len(m) <= 3 and best == max(r['accuracy'] for r in t.history if r['split'] == 'test' and r['epoch'] > 3) or m[-1].accuracy <= best
+    assert len(m) <= 3 and best == max(r['accuracy'] for r in t.history if r['split'] == 'test'
+                                       and r['epoch'] > 3) or m[-1].accuracy <= best
     m, t = run('light', training=False, gain=None, phases={})
     with pytest.raises(SnapshotError, match='trainer'): m.load(-1, trainer=lambda n: Trainer(n, data, device='cpu'))
     for bad in (dict(gain=0), dict(keep='some'), dict(keep=0), dict(keep=('best', 0)), dict(steps=0), dict(full_every=0)):
@@ -626,7 +655,8 @@ def test_prune_keeps_what_it_keeps(tmp_path):
     store.prune(drop=[0, 3, 4], compact=False)
     assert len(store) == 7 and [image(*s.load(optimizer=torch.optim.Adam)) for s in store] == [said[i] for i in (1, 2, 5, 6, 7, 8, 9)]
     store.prune(keep=[1, 3, 6])
-    assert [image(*s.load(optimizer=torch.optim.Adam)) for s in store] == [said[i] for i in (2, 6, 9)] and len(list((tmp_path/'a').glob('*.safetensors'))) == 3
+    assert [image(*s.load(optimizer=torch.optim.Adam)) for s in store] == [said[i] for i in (2, 6,
+                                                            9)] and len(list((tmp_path/'a').glob('*.safetensors'))) == 3
     edits = [e['edit']['edit'] for s in store for e in s.edits]
     store.close()
     again = SnapshotStore(tmp_path/'a')
@@ -683,7 +713,8 @@ def test_growing_and_sparse_networks_of_other_chapters(tmp_path):
 
 # --- ensembles
 
-def nets(n=3, hidden=(16,), kind='mlp', **options): return [make_model(kind, (1, 8, 8), 10, hidden_sizes=hidden, seed=i, **options) for i in range(n)]
+def nets(n=3, hidden=(16,), kind='mlp', **options): return [make_model(kind, (1, 8, 8), 10, hidden_sizes=hidden, seed=i, **options)
+                                                            for i in range(n)]
 
 @pytest.mark.parametrize('of', ['logits', 'probabilities'])
 def test_an_ensemble_is_the_average(tmp_path, of):
