@@ -83,7 +83,8 @@ def compare_run(
     start = arm.partition(', ')[2] or 'zero'  # 'kept, copy' starts with copies
     grow = [GrowAt(events, arm == 'obvious', start)] if arm.startswith('kept') or arm == 'obvious' else []
     with seeded(seed, 'run'):
-        t = Trainer(net, data, lr=job['lr'], batch_size=job.get('batch_size', 64), device='cpu', eval_every=0, seed=seed, callbacks=grow).fit(job['epochs'])
+        t = Trainer(net, data, lr=job['lr'], batch_size=job.get('batch_size', 64), device='cpu', eval_every=0, seed=seed,
+                    callbacks=grow).fit(job['epochs'])
     ratios = [r for c in grow for r in c.ratios]
     return {k: job[k] for k in ('task', 'arm', 'seed')} | t.evaluate() | dict(ratios=ratios, sizes=net.get_layer_sizes())
 
