@@ -6,14 +6,14 @@
 __all__ = ['DTYPES', 'SnapshotError', 'nbytes', 'bits', 'tensor', 'checksum', 'squeeze', 'planes', 'inflate', 'numbers',
            'reordered', 'fresh', 'encode', 'decode', 'aligned', 'parse', 'size_ok', 'Container', 'container']
 
-# %% ../nbs/14s_deltas.ipynb #64d18cb7
+# %% ../nbs/14s_deltas.ipynb #c458891f
 import hashlib, json, math, zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-# %% ../nbs/14s_deltas.ipynb #02ad9034
+# %% ../nbs/14s_deltas.ipynb #8e273652
 class SnapshotError(ValueError):
     "A store of snapshots, or a file in it, is not what it says it is"
 
@@ -30,7 +30,7 @@ def nbytes(
     "How many bytes a tensor takes"
     return math.prod(shape) * DTYPES[dtype].itemsize
 
-# %% ../nbs/14s_deltas.ipynb #2a256466
+# %% ../nbs/14s_deltas.ipynb #02d2e177
 def bits(
     t # a dense tensor
 ): # (dtype, shape, its bytes as uint8 (bytes,)); the bytes are those of the tensor where it is contiguous on the CPU
@@ -61,7 +61,7 @@ def checksum(
     h.update(data)
     return h.hexdigest()[:32]
 
-# %% ../nbs/14s_deltas.ipynb #e8948a55
+# %% ../nbs/14s_deltas.ipynb #22adb393
 def _deflated(plane):
     "A plane deflated, or None where a sample says that it is noise"
     n = plane.size
@@ -108,7 +108,7 @@ def inflate(part, n):
     if len(out) != n or more: raise SnapshotError('a plane of bytes has another length')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #710e5e26
+# %% ../nbs/14s_deltas.ipynb #bbd7cfc9
 def numbers(
     v # integers (n,), 0 or more
 ): # uint8 (n, width)
@@ -138,7 +138,7 @@ def reordered(
     a = np.ascontiguousarray(a)
     return a.reshape(-1).view(np.uint8) if a.size else np.empty(0, np.uint8), a.shape
 
-# %% ../nbs/14s_deltas.ipynb #d6b36654
+# %% ../nbs/14s_deltas.ipynb #c82a7d87
 def _order_rows(order):
     "An order as small numbers: 0 for none, else one more than what each position is beyond its predecessor, in zigzag"
     out = np.zeros(len(order), np.int64)
@@ -165,6 +165,7 @@ def fresh(
     for d, order in moves.items(): out[(slice(None),)*d + (order < 0,)] = True
     return out.reshape(-1)
 
+# %% ../nbs/14s_deltas.ipynb #b35f4de7
 def encode(
     new, # (dtype, shape, bytes)
     old=None, # likewise; None: there is nothing to start from
@@ -198,7 +199,7 @@ def _shared(order, orders):
     sizes, data = squeeze(_order_rows(order))
     return orders.setdefault((data, tuple(sizes)), f'#{len(orders)}')
 
-# %% ../nbs/14s_deltas.ipynb #51cec395
+# %% ../nbs/14s_deltas.ipynb #4bfb669a
 def _split(data, n):
     "The first n bytes and the rest"
     if not isinstance(n, int) or not 0 <= n <= len(data): raise SnapshotError('a delta is cut short')
@@ -238,6 +239,7 @@ def decode(
     words[at] = values
     return dtype, tuple(shape), base
 
+# %% ../nbs/14s_deltas.ipynb #80157f4a
 def _flip(base, sizes, width, data):
     "Exclusive or with planes, in place"
     for k, plane in planes(sizes, base.size // width, data): base.reshape(-1, width)[:, k] ^= plane
@@ -250,7 +252,7 @@ def _positions(sizes, n, data, size):
     at[1:] += 1
     return np.cumsum(at, dtype=at.dtype)
 
-# %% ../nbs/14s_deltas.ipynb #1b94fc1c
+# %% ../nbs/14s_deltas.ipynb #9a4ac38a
 def _rows(tensors):
     "Each position along dimension 0 of several tensors as one opaque value"
     flat = [np.ascontiguousarray(d.reshape(s[0], -1)) for _, s, d in tensors]
@@ -269,7 +271,7 @@ def aligned(
     seen, times = np.unique(order[order >= 0], return_counts=True)
     return np.where(np.isin(order, seen[times > 1]), -1, order)
 
-# %% ../nbs/14s_deltas.ipynb #dd458fbe
+# %% ../nbs/14s_deltas.ipynb #9ce9efa0
 def parse(
     text:bytes, # JSON
     room:int=0 # bytes of memory that may be used beyond 4 MiB
@@ -306,7 +308,7 @@ def _spans(table, room):
     if at != room: raise SnapshotError(f'{room - at} bytes of the file belong to nothing')
     return out
 
-# %% ../nbs/14s_deltas.ipynb #f9fbf2f7
+# %% ../nbs/14s_deltas.ipynb #ef3cf17f
 class Container:
     "An open safetensors file, checked before anything in it is used"
     def __init__(self,
@@ -342,7 +344,7 @@ class Container:
     def __exit__(self, *args): self.file.close()
     def __repr__(self): return f'Container({self.path.name}, {len(self.table)} tensors, {self.size:,} bytes)'
 
-# %% ../nbs/14s_deltas.ipynb #8586089b
+# %% ../nbs/14s_deltas.ipynb #646343e4
 def container(
     tensors:dict, # name -> (dtype, shape, bytes)
     meta:dict # text -> text

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'StoreLocked', 'SnapshotStore', 'Snapshot', 'read_index', 'manifest', 'acquire', 'optimizer_tree',
-           'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load', 'prune', 'verify', 'repair', 'Diff',
-           'diff']
+           'set_optimizer', 'Origins', 'lineal', 'save', 'write_file', 'load']
 
-# %% ../nbs/14u_store.ipynb #420361d5
+# %% ../nbs/14u_store.ipynb #3f0f9bd3
 import json, os, re, stat, time, uuid, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from .results import Table, did_you_mean, method, write_atomic
 from .structure import (LINEAGE, Moves, as_data, differing, extras, from_data, insert, insertions, put_tensors, set_attributes,
                                   set_extras, shaped, skeleton, tensors_of)
 
-# %% ../nbs/14u_store.ipynb #51a48491
+# %% ../nbs/14u_store.ipynb #4ecc9cec
 FORMAT, VERSION = 'plasticity snapshots', 1
 _FILE = re.compile(r'(\d{8})(-\d{1,9})?\.safetensors')
 
@@ -71,7 +70,7 @@ class SnapshotStore:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../nbs/14u_store.ipynb #13027399
+# %% ../nbs/14u_store.ipynb #a18e410d
 class Snapshot:
     "One stage of a network: what the index says about it"
     def __init__(self, store, entry): self.store, self.entry = store, entry
@@ -94,7 +93,7 @@ class Snapshot:
     @property
     def edits(self): return self.store._edits(self.entry)
 
-# %% ../nbs/14u_store.ipynb #104de136
+# %% ../nbs/14u_store.ipynb #1a98f019
 def _line(before, event):
     "(checksum, line) of an event, after the line with the checksum `before`"
     text = json.dumps(event, separators=(',', ':'), allow_nan=False)
@@ -130,7 +129,7 @@ def _entry_ok(e):
             and isinstance(e['head'], str)
             and (e['base'] is None or size_ok(e['base']) and e['base'] < e['id']) and isinstance(e['about'], dict))
 
-# %% ../nbs/14u_store.ipynb #a54a7b11
+# %% ../nbs/14u_store.ipynb #f462e9f6
 @method(SnapshotStore)
 def _refresh(self, force=False):
     "Read the index, if it has changed"
@@ -161,6 +160,7 @@ def _files(self):
     if not self.folder.is_dir(): return []
     return sorted((int(m[1]), m[0]) for n in os.listdir(self.folder) if (m := _FILE.fullmatch(n)))
 
+# %% ../nbs/14u_store.ipynb #469d6eda
 @method(SnapshotStore)
 def _adopt(self, file):
     "Take in a whole file that the index does not have yet"
@@ -194,7 +194,7 @@ def _shown(self):
     self._refresh()
     return [Snapshot(self, {k: v for k, v in e.items() if k != 'hidden'}) for _, e in sorted(self._entries.items()) if not e['hidden']]
 
-# %% ../nbs/14u_store.ipynb #9e3a4ce6
+# %% ../nbs/14u_store.ipynb #bc90c6e5
 _MAYBE = type(None)
 _FIELDS = dict(store=str, id=int, base=(int, _MAYBE), about=dict, spec=(dict, _MAYBE), inserted=(list, _MAYBE), attrs=(dict, _MAYBE),
                frozen=(list, _MAYBE), edits=(int, _MAYBE),
@@ -228,7 +228,7 @@ def _tensor_ok(c, name, e):
               and (name not in c.table or c.table[name][0] == 'U8') and e.get('from', name).split('/')[0] == name.split('/')[0])
     if not ok: raise SnapshotError(f'{c.path}: describes {name[:60]!r} in a way that is not known')
 
-# %% ../nbs/14u_store.ipynb #a042781e
+# %% ../nbs/14u_store.ipynb #0fc741c8
 @method(SnapshotStore)
 def manifest(self,
     snapshot # a Snapshot
@@ -254,6 +254,7 @@ def _finite(v):
     if isinstance(v, (list, tuple)): return [_finite(x) for x in v]
     return None if isinstance(v, float) and not np.isfinite(v) else v
 
+# %% ../nbs/14u_store.ipynb #c59d0334
 def _noted(edits, size):
     "(length of the text, piece) of edits: deflated, unless it is a bomb"
     text = json.dumps(_finite(edits), separators=(',', ':'), allow_nan=False).encode()
@@ -285,7 +286,7 @@ def _chain_of(self, e):
         if len(out) > 1000: raise SnapshotError(f"{self.folder/e['file']}: needs more than 1000 others")
     return out[::-1]
 
-# %% ../nbs/14u_store.ipynb #147737e0
+# %% ../nbs/14u_store.ipynb #5c2158be
 def _plan(table, c, m, wanted):
     "name -> (dtype, shape, checksum) after one more file of a chain"
     prefix = lambda n: n.split('/')[0] in wanted
@@ -321,7 +322,7 @@ def _planned(self, chain, wanted):
     if most > 2*room + 2**16: raise SnapshotError(f"{self.folder/chain[-1]['file']}: would take {most:,} bytes, its files have {room:,}")
     return tables[1:], manifests
 
-# %% ../nbs/14u_store.ipynb #4d2de434
+# %% ../nbs/14u_store.ipynb #a68b9d9d
 def _stage(now, table, c, m):
     "The tensors after one more file; those of `now` may be used up"
     out, uses = {n: v for n, v in now.items() if n in table and n not in m['tensors']}, Counter(e.get('from', n) for n,
@@ -362,7 +363,7 @@ def _inherited(manifests, key):
     "The latest value along a chain"
     return next((m[key] for m in reversed(manifests) if m[key] is not None), None)
 
-# %% ../nbs/14u_store.ipynb #312044af
+# %% ../nbs/14u_store.ipynb #8a987247
 @method(SnapshotStore)
 def acquire(self,
     tidy:bool=True # clear up what a killed writer left
@@ -412,7 +413,7 @@ def _append(self, event):
     now = os.stat(self.index)
     self._mark = now.st_mtime_ns, now.st_size, now.st_ino, tuple(self._files())
 
-# %% ../nbs/14u_store.ipynb #f3706dee
+# %% ../nbs/14u_store.ipynb #de7bda03
 @method(SnapshotStore)
 def _collect_garbage(self):
     "Remove files that no snapshot needs"
@@ -425,7 +426,7 @@ def _collect_garbage(self):
     for i, file in self._files():
         if file not in needed and i <= max(self._entries, default=-1): (self.folder/file).unlink(missing_ok=True)
 
-# %% ../nbs/14u_store.ipynb #97ad4a5e
+# %% ../nbs/14u_store.ipynb #d9a647d4
 def optimizer_tree(
     optimizer, # a torch.optim.Optimizer
     model # whose parameters it has
@@ -455,7 +456,7 @@ def set_optimizer(
         optimizer.load_state_dict(dict(state={number[n]: v for n, v in tree['state'].items()}, param_groups=groups))
     except KeyError as e: raise SnapshotError(f'optimizer: the model has no parameter {e}') from None
 
-# %% ../nbs/14u_store.ipynb #c8f93293
+# %% ../nbs/14u_store.ipynb #d712e15c
 def _spec(model):
     "What a model was asked to be, as data, or None"
     tensors, spec = {}, getattr(model, 'spec', None)
@@ -505,7 +506,7 @@ def _history(manifests):
         else: rows = rows[:m['history'][0]] + m['history'][1]
     return rows
 
-# %% ../nbs/14u_store.ipynb #b576fb30
+# %% ../nbs/14u_store.ipynb #03f1743a
 def _link_keys(model):
     "module -> where its links are, for layers that list them"
     return {n: m.keys().cpu().numpy() for n, m in model.named_modules() if hasattr(m, 'connect') and hasattr(m, 'disconnect')
@@ -518,6 +519,7 @@ def _param_of(name):
     p, _, k = name[22:].rpartition('/')
     return 'state/optimizer/state/', p, f'/{k}'
 
+# %% ../nbs/14u_store.ipynb #e3d12345
 class Origins:
     "For each tensor: what to compare it with, and in which order"
     def __init__(self,
@@ -559,6 +561,7 @@ class Origins:
         order = aligned([_turned(new, d)], [_turned(old, d)])
         return {d: order} if (order >= 0).sum() > len(order)//2 else None
 
+# %% ../nbs/14u_store.ipynb #ad61d60d
 def _places(a, b):
     "Position in ascending `a` of each entry of `b`, -1 for none"
     at = np.searchsorted(a, b)
@@ -583,7 +586,7 @@ def lineal(
     for op in inserted: insert(bones, op)
     return bones
 
-# %% ../nbs/14u_store.ipynb #54ea0582
+# %% ../nbs/14u_store.ipynb #9e20996b
 def _packed(new, base, origins):
     "(manifest entries, pieces of the file, orders, names gone): what has changed since `base`, or everything"
     entries, pieces, same, orders = {}, {}, {}, {}
@@ -604,7 +607,7 @@ def _packed(new, base, origins):
     orders = {name: list(sizes) for (_, sizes), name in orders.items()}
     return entries, pieces, orders, [n for n in base['tensors'] if n not in new] if base else []
 
-# %% ../nbs/14u_store.ipynb #6baa8394
+# %% ../nbs/14u_store.ipynb #79d5360f
 def _about(given):
     "What a snapshot says about itself, as JSON holds it"
     out = {}
@@ -643,7 +646,7 @@ def save(self,
     LINEAGE[model] = inserted
     return Snapshot(self, {k: v for k, v in entry.items() if k != 'hidden'})
 
-# %% ../nbs/14u_store.ipynb #c5b2c843
+# %% ../nbs/14u_store.ipynb #30a5aa3f
 @method(SnapshotStore)
 def _reachable(self, model, spec, inserted):
     "Attributes in which a model differs from what its specification gives; None where there is nothing to compare with"
@@ -664,6 +667,7 @@ def _reachable(self, model, spec, inserted):
         self._known = key, then
     return differing(attributes(model), self._known[1])
 
+# %% ../nbs/14u_store.ipynb #faa863f6
 @method(SnapshotStore)
 def _write(self, i, now, base, records, about, file=None):
     "Write one snapshot, and its line; gives the entry"
@@ -695,7 +699,7 @@ def _write(self, i, now, base, records, about, file=None):
     self._last = _remembered(i, now, base, len(data))
     return self._entries[i]
 
-# %% ../nbs/14u_store.ipynb #6841ab18
+# %% ../nbs/14u_store.ipynb #2ef096b4
 def write_file(path, data, sync):
     "Write a file in one step, and wait for the disk or not"
     if sync: return write_atomic(path, data)
@@ -731,7 +735,7 @@ def _remembered(i, now, base, size):
                 history=None if now['history'] is None else list(now['history']), **{k: now[k] for k in ('spec', 'inserted', 'attrs',
                                                             'frozen')})
 
-# %% ../nbs/14u_store.ipynb #0c6c1d1d
+# %% ../nbs/14u_store.ipynb #642d2c6c
 @method(SnapshotStore)
 def _pick(self, snapshot):
     "A snapshot of this store from itself, its name or its place"
@@ -755,6 +759,7 @@ def _made(model, spec):
         raise TypeError(f'model: the function gave a {type(out).__name__}, takes one that gives an nn.Module')
     return out
 
+# %% ../nbs/14u_store.ipynb #2ef38308
 @method(SnapshotStore)
 def load(self,
     snapshot=-1, # a Snapshot, its name, or its place
@@ -798,7 +803,7 @@ def _told(manifests):
     spec = _inherited(manifests, 'spec')
     return None if spec is None else from_data(spec, {})
 
-# %% ../nbs/14u_store.ipynb #ae33efc8
+# %% ../nbs/14u_store.ipynb #d3ef7039
 @method(SnapshotStore)
 def _fill(self, model, spec, got, ms):
     "The model with the tensors of a snapshot"
@@ -835,175 +840,3 @@ def _state(self):
     with _blamed(self.store.folder/e['file']): return None if tree is None else from_data(tree, {n: tensor(*t) for n, t in tensors.items()})
 
 Snapshot.state = _state
-
-# %% ../nbs/14u_store.ipynb #21f8f80a
-@method(SnapshotStore)
-def _ids(self, given):
-    "Ids of snapshots, names or places"
-    given = given if isinstance(given, (list, tuple, set)) else [given]
-    return {self._pick(g)['id'] for g in given}
-
-@method(SnapshotStore)
-def prune(self,
-    keep=None, # snapshots, names or places; or how many of the last
-    drop=None, # likewise, what is to go
-    compact:bool=True # store anew what is based on them
-) -> Table: # what is left
-    "Forget snapshots; what stays is what it was"
-    if (keep is None) == (drop is None): raise ValueError(f'keep, drop: got {keep!r} and {drop!r}, takes one of them')
-    self.acquire(); self._refresh()
-    shown = {s.id for s in self}
-    if isinstance(keep, int) and not isinstance(keep, bool):
-        if keep < 1: raise ValueError(f'keep: got {keep}, takes at least one')
-        gone = shown - set(sorted(shown)[-keep:])
-    else: gone = shown - self._ids(keep) if drop is None else self._ids(drop)
-    if gone:
-        self._append(dict(drop=sorted(gone)))
-        for i in gone: self._entries[i]['hidden'] = True
-    self._collect_garbage() # first, for the disk may be full
-    if compact: self._compact(); self._collect_garbage()
-    self._mark = None
-    return self.table
-
-@method(SnapshotStore)
-def _compact(self):
-    "Store anew what is based on forgotten snapshots, so that they are not needed"
-    before, edits = None, []
-    for i, e in sorted(self._entries.items()):
-        if e['hidden']:
-            if (self.folder/e['file']).exists(): edits += self._edits(e)
-            continue
-        if e['base'] is not None and self._entries[e['base']]['hidden']:
-            now = self._recalled(e)
-            base = None if before is None else self._recalled(self._entries[before])
-            number = int(_FILE.fullmatch(e['file'])[2] or 0)
-            self._write(i, now | dict(edits=edits + now['edits']), base, [], e['about'], f'{i:08d}-{abs(number) + 1}.safetensors')
-            self._last = None
-        before, edits = i, []
-
-# %% ../nbs/14u_store.ipynb #d1f5e334
-@method(SnapshotStore)
-def verify(self) -> Table: # id, file, bytes, state (ok, damaged, unused, foreign), why
-    "Read every snapshot whole and check every sum"
-    rows = []
-    try: self._refresh(force=True)
-    except SnapshotError as e: return Table([dict(id=None, file=self.index.name, bytes=None, state='damaged', why=str(e))])
-    for i, e in sorted(self._entries.items()):
-        if e['hidden']: continue
-        try: self._tensors(e); why = ''
-        except SnapshotError as err: why = str(err).replace(f'{self.folder}/', '')
-        rows.append(dict(id=i, file=e['file'], bytes=e['bytes'], state='damaged' if why else 'ok', why=why))
-    known = {e['file'] for e in self._entries.values()} | {'index.jsonl', '.lock'}
-    for n in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
-        if n in known or n.endswith('.damaged'): continue
-        left = n.endswith('.tmp') or ((m := _FILE.fullmatch(n)) and int(m[1]) <= max(self._entries, default=-1))
-        rows.append(dict(id=None, file=n, bytes=None, state='unused' if left else 'foreign',
-                         why='left by a writer that was killed; the next one '
-                         'removes it' if left else 'not of this store'))
-    return Table(rows)
-
-# %% ../nbs/14u_store.ipynb #1f4bcdef
-@method(SnapshotStore)
-def repair(self) -> Table: # file, done
-    "Make the store consistent again: keep every snapshot that is whole, put the others aside"
-    self.acquire(tidy=False)
-    done, events = [], self._readable()
-    try: read_index(self.index)
-    except SnapshotError as e: done.append(dict(file=self.index.name, done=f'written anew ({str(e)[len(str(self.folder)) + 1:]})'))
-    ids = Counter(m['store'] for _, file in self._files() if (m := self._says(file)))
-    self._head = dict(format=FORMAT, version=VERSION, store=ids.most_common(1)[0][0] if ids else uuid.uuid4().hex)
-    hidden = {i for e in events if isinstance(e, dict) for i in e.get('drop', ()) if isinstance(e.get('drop'), list)}
-    self._entries = {}
-    for i, file in sorted(self._files(), key=lambda v: (v[0], int((_FILE.fullmatch(v[1])[2] or '-0')[1:]))):
-        try: self._entries[i] = self._describe(file) | dict(hidden=i in hidden)
-        except SnapshotError as e: done.append(self._aside(file, e))
-    while (bad := self._damaged()):
-        for i, e in bad: done.append(self._aside(self._entries.pop(i)['file'], e))
-    self._rewrite(sorted(hidden & self._entries.keys()))
-    return Table(done)
-
-@method(SnapshotStore)
-def _readable(self):
-    "The events of an index that are JSON, whatever their checksums say"
-    out = []
-    try: lines = self.index.read_bytes().split(b'\n')
-    except OSError: return out
-    for raw in lines:
-        try: out.append(parse(raw[17:]))
-        except SnapshotError: continue
-    return out
-
-@method(SnapshotStore)
-def _says(self, file):
-    "The manifest of a file, or None"
-    try:
-        with self._open(self.folder/file) as c: return _manifest(c)
-    except SnapshotError: return None
-
-@method(SnapshotStore)
-def _damaged(self):
-    "[(id, error)] of snapshots that cannot be read although what they are based on can, or that are based on nothing"
-    bad = {}
-    for i, e in sorted(self._entries.items()):
-        if e['base'] in bad: continue
-        try: self._tensors(e)
-        except SnapshotError as err: bad[i] = err
-    return list(bad.items())
-
-@method(SnapshotStore)
-def _aside(self, file, error):
-    os.replace(self.folder/file, self.folder/f'{file}.damaged')
-    return dict(file=file, done=f'put aside ({str(error).replace(f"{self.folder}/", "")})')
-
-@method(SnapshotStore)
-def _rewrite(self, hidden):
-    "A new index for what there is"
-    mark, lines = _line('', self._head)
-    events = [{k: v for k, v in e.items() if k != 'hidden'} for _, e in sorted(self._entries.items())]
-    for event in events + ([dict(drop=hidden)] if hidden else []):
-        mark, line = _line(mark, event)
-        lines += line
-    write_atomic(self.index, lines)
-    self._mark = self._last = None
-    self._tidy()
-
-# %% ../nbs/14u_store.ipynb #0e0ef706
-class Diff(Table):
-    "What differs between two snapshots: a row for each tensor; `edits` are those between them"
-    edits = ()
-
-def _compared(name, a, b):
-    "A row of a diff"
-    row = dict(tensor=name, before=list(a[1]) if a else None, after=list(b[1]) if b else None)
-    if a is None or b is None: return row | dict(change='new' if a is None else 'gone')
-    if a[:2] != b[:2]: return row | dict(change='reshaped')
-    if np.array_equal(a[2], b[2]): return row | dict(change='same')
-    x, y = (tensor(*t).reshape(-1) for t in (a, b))
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    moved = (y.to(wide) - x.to(wide)).abs()
-    share = (x.view(torch.uint8).view(-1, x.element_size()) != y.view(torch.uint8).view(-1, y.element_size())).any(1).double().mean().item()
-    return row | dict(change='changed', entries=share, relative=(moved.norm()/x.to(wide).norm().clamp(min=1e-30)).item(),
-                      largest=moved.max().item())
-
-@method(SnapshotStore)
-def diff(self,
-    a, # a Snapshot, its name or its place
-    b # likewise
-) -> Diff: # tensor, before, after (shapes), change, entries (share of them), relative (norm), largest
-    "What differs in structure and weights"
-    a, b = self._pick(a), self._pick(b)
-    (x, _), (y, _) = self._tensors(a, ('model',)), self._tensors(b, ('model',))
-    out = Diff(_compared(n[6:], x.get(n), y.get(n)) for n in dict.fromkeys([*x, *y]))
-    first, last = sorted((a['id'], b['id']))
-    out.edits = [e for i in range(first + 1, last + 1) if i in self._entries and (self.folder/self._entries[i]['file']).exists()
-                 for e in self._edits(self._entries[i])]
-    return out
-
-def load(snapshot, *args, **options): # a Snapshot, and what `SnapshotStore.load` takes
-    "The network of a snapshot"
-    return snapshot.store.load(snapshot, *args, **options)
-
-def diff(a, b): # two Snapshots
-    "What differs in structure and weights"
-    if a.store.folder != b.store.folder: raise ValueError(f'b: got a snapshot of {b.store.folder}, takes one of {a.store.folder} as `a`')
-    return a.store.diff(a, b)

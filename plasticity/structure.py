@@ -6,7 +6,7 @@
 __all__ = ['LINEAGE', 'as_data', 'from_data', 'Limited', 'skeleton', 'tensors_of', 'insertions', 'insert', 'Moves', 'attributes',
            'differing', 'set_attributes', 'places', 'put_tensors', 'extras', 'set_extras', 'shaped']
 
-# %% ../nbs/14t_structure.ipynb #6205b807
+# %% ../nbs/14t_structure.ipynb #e7a103ce
 import math, weakref
 
 import numpy as np
@@ -22,7 +22,7 @@ from .surgery import Surgeon
 from .tensors import set_data
 from .training import evaluating, unpack
 
-# %% ../nbs/14t_structure.ipynb #f1dfa3c2
+# %% ../nbs/14t_structure.ipynb #79c65d12
 def as_data(
     v, # dicts, lists, tuples, numbers, strings, None and tensors
     path:str, # name of the tree
@@ -65,7 +65,7 @@ def from_data(
     except (KeyError, TypeError, ValueError) as e:
         raise SnapshotError(f'its state cannot be read ({type(e).__name__}: {str(e)[:80]})') from None
 
-# %% ../nbs/14t_structure.ipynb #e269d4c6
+# %% ../nbs/14t_structure.ipynb #f1991c96
 class Limited(TorchDispatchMode):
     "Within, no operation may ask for more than so many numbers, and no more than so many parameters may be registered"
     def __init__(self,
@@ -94,7 +94,7 @@ class Limited(TorchDispatchMode):
         self.hook.remove()
         return super().__exit__(*args)
 
-# %% ../nbs/14t_structure.ipynb #d7a908bf
+# %% ../nbs/14t_structure.ipynb #6835f17a
 def _on_meta(model):
     "Whether nothing of a model was left outside the meta device, and nothing hidden in it"
     mine = [*model.parameters(), *model.buffers()]
@@ -123,7 +123,7 @@ def skeleton(
             if device == 'cpu' or _on_meta(model): return model
     finally: set_random_state(state)
 
-# %% ../nbs/14t_structure.ipynb #49f563a5
+# %% ../nbs/14t_structure.ipynb #a6f88813
 LINEAGE = weakref.WeakKeyDictionary() # model -> insertions since its specification
 
 def tensors_of(
@@ -158,7 +158,7 @@ def insert(
     if len(tensors_of(model)) > count: raise SnapshotError(f'its insertions make more than {count} tensors')
     return {n: before.get(id(t)) for n, t in tensors_of(model).items()}
 
-# %% ../nbs/14t_structure.ipynb #e6312e12
+# %% ../nbs/14t_structure.ipynb #4e02871a
 class Moves:
     "Which tensor of some moment each tensor of a model comes from, and in which order"
     def __init__(self,
@@ -189,7 +189,7 @@ class Moves:
             d = getattr(self, k)
             setattr(self, k, {new: d[old] for new, old in names.items() if old in d})
 
-# %% ../nbs/14t_structure.ipynb #9617405f
+# %% ../nbs/14t_structure.ipynb #5bc20ea1
 def _plain(v): return isinstance(v, (bool, int, float, str)) or (isinstance(v, (tuple, list)) and len(v) < 65 and all(
     isinstance(x, (bool, int, float, str)) for x in v))
 
@@ -223,7 +223,7 @@ def set_attributes(
             setattr(modules[path], k, tuple(v) if isinstance(own[k], tuple) else v)
     Surgeon(model).keep_sizes(list(tensors_of(model))) # what tensors say counts more
 
-# %% ../nbs/14t_structure.ipynb #5cfd933b
+# %% ../nbs/14t_structure.ipynb #fc2b8e89
 def places(
     model # any module
 ) -> list: # [(parameter or buffer, [(module, table, leaf)])]
@@ -249,6 +249,7 @@ def _slots(model, tensors):
                     table[leaf] = nn.Parameter(new) if table is m._parameters else new
                 elif table is m._buffers and t is not None and n not in tensors: table[leaf] = None
 
+# %% ../nbs/14t_structure.ipynb #dbc523c3
 def put_tensors(
     model, # a module
     tensors:dict, # name -> tensor
@@ -275,7 +276,7 @@ def put_tensors(
         for table, leaf in spots: table[leaf] = new
     Surgeon(model).keep_sizes(list(here))
 
-# %% ../nbs/14t_structure.ipynb #1aad1524
+# %% ../nbs/14t_structure.ipynb #5f99d2e5
 def extras(
     model # any module
 ) -> dict: # module -> what its `get_extra_state` gives
@@ -295,7 +296,7 @@ def set_extras(
         try: modules[n].set_extra_state(v)
         except Exception as e: raise SnapshotError(f'the extra state of {n!r} is refused ({type(e).__name__}: {str(e)[:100]})') from None
 
-# %% ../nbs/14t_structure.ipynb #5046c25f
+# %% ../nbs/14t_structure.ipynb #a136ae1e
 def _runs(model, spec, dtype):
     "None where the model takes its input on the meta device, else why not"
     shape = spec['in_shape'] if isinstance(spec['in_shape'], (tuple, list)) else (spec['in_shape'],)
