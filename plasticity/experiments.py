@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hydra_zen import ZenField, ZenStore, make_config
 
+from .adaptive import adaptive
 from .cloning import cloning
 from .data import DATASETS, data_root, get_data
 from .extrema import extrema
@@ -76,7 +77,8 @@ def metric_options(
 def task_options(
     kind:str=None, # a stream of the continual chapter; permuted inputs, or classes if `classes_per_task` is given
     tasks:int=None, # how many
-    classes_per_task:int=None # for streams that split the classes
+    classes_per_task:int=None, # for streams that split the classes
+    bits:int=None # of a data set that is made of bits, as parity
 ): "The tasks of continual training"
 
 def logging_options(
@@ -129,7 +131,9 @@ class Experiment:
         self.config, self.folder = config, Path(folder)
         self.dry, self.device = config['dryrun'], pick_device(config['device'])
         self.seed = config['training'].get('seed', 0)
-        self.data = get_data(self.choice('dataset'), root=config['root'], **self.options('dataset'))
+        bits = config['task'].get('bits')
+        options = self.options('dataset') | ({} if bits is None else dict(bits=bits))
+        self.data = get_data(self.choice('dataset'), root=config['root'], **options)
         if self.dry:
             few = 2*max(1, config['training'].get('batch_size', 64))
             self.data = self.data.subset(train=min(few, len(self.data.x_train)), test=min(64, len(self.data.x_test)))
@@ -194,7 +198,7 @@ def continual_learning(experiment,
 ):
     "Train on one task after another"
     from plasticity.continual import continual, make_stream
-    e, task = experiment, experiment.options('task')
+    e, task = experiment, {k: v for k, v in experiment.options('task').items() if k != 'bits'}
     if e.dry: task['tasks'] = min(task['tasks'] or 2, 2)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, precision=precision, augment=not no_augment)
     with building(): stream = make_stream(data=trainer.data, seed=seed, **task)
@@ -206,6 +210,7 @@ def continual_learning(experiment,
 
 TRAININGS['cloning'] = cloning
 TRAININGS['extrema'] = extrema
+TRAININGS['adaptive'] = adaptive
 
 # %% ../nbs/21_experiments.ipynb #624549c6
 class Record(Callback):

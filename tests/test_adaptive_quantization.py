@@ -1,0 +1,139 @@
+"Quantization: error, idempotence, number of values, files, training through it, torchao"
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from plasticity.data import Data, get_data
+from plasticity.models import make_model, num_parameters
+from plasticity.quantization import (SCHEMES, FakeQuantize, dequantize, fake_quantize, latencies, load_quantized, pack_bits, quantize,
+                                     quantized, save_quantized, step_sizes, through, torchao_quantized, unpack_bits)
+from plasticity.results import generator
+from plasticity.training import Trainer
+
+torch.set_num_threads(1)
+shapes = st.sampled_from([(1,), (7,), (3, 5), (4, 3, 3, 3), (1, 9), (6, 1)])
+
+@given(shape=shapes, bits=st.integers(2, 16), per_channel=st.booleans(), seed=st.integers(0, 10**6), scale=st.sampled_from([1e-6, 1., 1e4]),
+       dtype=st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=200, deadline=None)
+def test_error_idempotence_values(shape, bits, per_channel, seed, scale, dtype):
+    w = scale*torch.randn(shape, generator=generator(seed, 'w')).to(dtype)
+    v, step = fake_quantize(w, bits, per_channel), step_sizes(w, bits, per_channel)
+    eps = torch.finfo(dtype).eps
+    assert ((v - w).abs() <= step/2 + 2*eps*w.abs().max()).all()
+    assert torch.equal(fake_quantize(v, bits, per_channel), v)
+    rows = v.flatten(1) if per_channel and v.dim() > 1 else v.reshape(1, -1)
+    assert max(len(r.unique()) for r in rows) <= 2**bits
+    q, s = quantize(w, bits, per_channel)
+    assert q.abs().max() <= 2**(bits - 1) - 1 and torch.equal(dequantize(q, s, bits), v)
+
+@pytest.mark.parametrize('w', [torch.zeros(3, 4), torch.full((2, 2), 5.), torch.tensor([[0., 0.], [1., -1.]])])
+def test_constant_and_zero_weights(w): assert torch.equal(fake_quantize(w, 4), w)
+
+def test_not_a_number_is_refused():
+    for bad in (float('nan'), float('inf')):
+        with pytest.raises(ValueError, match='w'): fake_quantize(torch.tensor([[1., bad]]), 8)
+    for bits in (1, 17, 2.5):
+        with pytest.raises(ValueError, match='bits'): fake_quantize(torch.ones(2, 2), bits)
+
+def test_half_precision_stays_half():
+    w = torch.randn(4, 8, generator=generator(0)).bfloat16()
+    v = fake_quantize(w, 6)
+    assert v.dtype == torch.bfloat16 and torch.equal(fake_quantize(v, 6), v)
+
+@given(bits=st.integers(2, 16), n=st.integers(0, 100), seed=st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_packing_is_exact_and_as_small_as_it_says(bits, n, seed):
+    top = 2**(bits - 1) - 1
+    q = torch.randint(-top, top + 1, (n,), generator=generator(seed), dtype=torch.int32)
+    data = pack_bits(q, bits)
+    assert data.dtype == torch.uint8 and len(data) == -(-n*bits//8) and torch.equal(unpack_bits(data, bits, n), q)
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8, 16])
+def test_the_file_is_about_b_of_32(tmp_path, bits):
+    m = make_model('mlp', 784, 10, seed=0, hidden_sizes=(512, 512))
+    path = save_quantized(m, tmp_path/'m.safetensors', bits)
+    ratio = os.path.getsize(path)/(4*num_parameters(m))
+    assert bits/32 <= ratio < bits/32 + .015
+    other = load_quantized(make_model('mlp', 784, 10, seed=1, hidden_sizes=(512, 512)), path)
+    with quantized(m, bits):
+        for k, p in m.state_dict().items(): assert torch.equal(p, other.state_dict()[k]), k
+
+def test_files_keep_buffers_and_refuse_strangers(tmp_path):
+    def net(seed): return make_model('cnn', (1, 8, 8), 3, seed=seed, channels=(4,), hidden_sizes=(8,), normalization='batch')
+    m = net(0)
+    m(torch.randn(8, 1, 8, 8)); save_quantized(m, tmp_path/'m.safetensors', 8)
+    n = load_quantized(net(1), tmp_path/'m.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip(m.buffers(), n.buffers(), strict=True))
+    with pytest.raises(ValueError, match='shape|model'): load_quantized(make_model('mlp', 4, 2, seed=0), tmp_path/'m.safetensors')
+    (tmp_path/'bad.safetensors').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='bad'): load_quantized(m, tmp_path/'bad.safetensors')
+
+def test_quantized_gives_the_masters_back_also_after_an_error():
+    m = make_model('mlp', 4, 2, seed=0, hidden_sizes=(5,))
+    old = {k: v.clone() for k, v in m.state_dict().items()}
+    with pytest.raises(RuntimeError), quantized(m, 2):
+        assert not torch.equal(m.head.weight, old['head.weight']) and torch.equal(m.head.bias, old['head.bias'])
+        raise RuntimeError
+    assert all(torch.equal(v, old[k]) for k, v in m.state_dict().items())
+
+def test_straight_through_gradient_is_that_at_the_quantized_point():
+    w = torch.randn(3, 4, generator=generator(0), requires_grad=True)
+    x = torch.randn(5, 4, generator=generator(1))
+    (through(w, 3) @ x.T).square().sum().backward()
+    v = fake_quantize(w.detach(), 3).requires_grad_()
+    (v @ x.T).square().sum().backward()
+    assert torch.equal(w.grad, v.grad)
+
+def data(n=64):
+    x = torch.randn(n, 4, generator=generator(0, 'x'))
+    return Data('small', x, (x[:, 0] > 0).long(), x[:16], (x[:16, 0] > 0).long())
+
+@pytest.mark.parametrize(('every', 'calls'), [(100, 3), (7, 42), (1, 300)])
+def test_counted_quantizations(every, calls):
+    c = FakeQuantize(8, every)
+    Trainer(make_model('mlp', 4, 2, seed=0, hidden_sizes=(5,)), data(48), batch_size=16, device='cpu', eval_every=0, callbacks=[c]).fit(100)
+    assert c.schedule.fired == calls
+
+def test_one_step_of_training_through_quantized_weights():
+    def net(): return make_model('mlp', 4, 2, seed=0, hidden_sizes=(5,))
+    m, d = net(), data(16)
+    Trainer(m, d, optimizer='sgd', lr=.1, batch_size=16, device='cpu', eval_every=0, callbacks=[FakeQuantize(3, 1)]).fit(1)
+    by_hand, (x, y) = net(), next(d.batches(16, seed=0, epoch=0))
+    old = {k: p.detach().clone() for k, p in by_hand.named_parameters()}
+    with quantized(by_hand, 3): nn.functional.cross_entropy(by_hand(x), y).backward()
+    for k, p in m.named_parameters(): torch.testing.assert_close(p.detach(), old[k] - .1*by_hand.get_parameter(k).grad)
+    assert len(m.head.weight.unique()) > 7                                                     # the masters are floats
+
+def test_eight_bits_on_mnist_cost_less_than_a_point():
+    try: d = get_data('mnist')
+    except Exception as e: pytest.skip(f'no MNIST here: {e}')
+    d = d.subset(train=6000, test=2000)
+    t = Trainer(make_model('mlp', d.shape, 10, seed=0, hidden_sizes=(64,)), d, device='cpu', batch_size=128, eval_every=0).fit(3)
+    a = t.evaluate()['accuracy']
+    with quantized(t.model, 8): b = t.evaluate()['accuracy']
+    assert a > .85 and abs(a - b) <= .01
+
+@pytest.mark.parametrize('scheme', [s for s in SCHEMES if s.startswith('int')])
+def test_torchao(scheme):
+    pytest.importorskip('torchao', reason='torchao is not installed: pip install torchao')
+    m = make_model('mlp', 256, 10, seed=0, hidden_sizes=(256, 256)).eval()
+    x = torch.randn(32, 256, generator=generator(0))
+    if scheme == 'int4_weight' and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='int4'): torchao_quantized(m, scheme)
+        return
+    q = torchao_quantized(m, scheme)
+    with torch.no_grad(): assert (q(x) - m(x)).abs().max() < .05*m(x).abs().max()
+    assert all(type(p.data) is torch.Tensor for p in m.parameters())                           # the model itself is untouched
+
+def test_the_latency_table_says_what_is_slower():
+    m = make_model('mlp', 64, 10, seed=0, hidden_sizes=(64,)).eval()
+    x = torch.randn(16, 64)
+    t = latencies(m, x, ['float32', 'int8_weight', 'int4_weight'], repeats=3)
+    assert [r['scheme'] for r in t] == ['float32', 'int8_weight', 'int4_weight'] and t[0]['ms'] > 0 and t[0]['verdict'] == 'the reference'
+    for r in t[1:]: assert r['verdict'] and ('ms' not in r or r['ms'] is None or ('slower' in r['verdict']) == (r['ms'] > t[0]['ms']))
+    with pytest.raises(ValueError, match='schemes'): latencies(m, x, ['int7'])
