@@ -127,7 +127,7 @@ print(json.dumps(out))
 '''
 
 def test_every_stage_of_a_chain_is_restored_in_a_new_process(tmp_path):
-    said = {k: chain(k, tmp_path/k, 50 if FULL else 10) for k in KINDS}
+    said = {k: chain(k, tmp_path/k, 50 if FULL else 6) for k in KINDS}
     code = IN_NEW_PROCESS.format(here=str(HERE), tests=str(HERE/'tests'))
     done = subprocess.run([sys.executable, '-c', code, json.dumps({k: str(tmp_path/k) for k in KINDS})], capture_output=True, text=True,
                           timeout=600)
@@ -549,7 +549,7 @@ def test_forged_stores_are_refused(tmp_path, monkeypatch):
 def test_damaged_stores_are_refused_or_harmless(tmp_path):
     import shutil
     Path('/tmp/plasticity_was_here').unlink(missing_ok=True)
-    rng, count, n = random.Random(0), {}, 2000 if FULL else 60
+    rng, count, n = random.Random(0), {}, 2000 if FULL else 40
     stores = {k: original(tmp_path/k, k, 6) for k in (('mlp', 'cnn') if FULL else ('mlp',))}
     for k in range(n):
         kind, folder = rng.choice(list(stores)), tmp_path/'now'
