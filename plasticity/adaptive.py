@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BETWEEN', 'parity_start', 'parity', 'SkipMLP', 'AdaptiveMLP', 'parity_network', 'affine_fit', 'removable',
-           'RemoveLayer', 'line', 'remove_layer', 'FullLayers', 'propose', 'WeakUnits', 'AffineLayers', 'WeakWeights',
-           'adaptation', 'adaptive', 'Averages', 'FakeQuantize', 'Masks', 'Schedule', 'Scheduled', 'fake_quantize',
-           'importance', 'latencies', 'load_quantized', 'macs', 'prune_units', 'quantized', 'save_quantized']
+           'RemoveLayer', 'line', 'remove_layer', 'Measured', 'FullLayers', 'IdleUnits', 'WeakUnits', 'AffineLayers',
+           'WeakWeights', 'adaptation', 'adaptive', 'Averages', 'FakeQuantize', 'Masks', 'Schedule', 'Scheduled',
+           'fake_quantize', 'importance', 'latencies', 'load_quantized', 'macs', 'prune_units', 'quantized',
+           'save_quantized']
 
 # %% ../nbs/16_adaptive.ipynb #111d6355
 import copy, inspect, itertools, math
@@ -296,24 +297,14 @@ def _repeat(self, structure):
         self._session = None
     Expandable._repeat(self, structure)
 
-# %% ../nbs/16_adaptive.ipynb #86d0b37a
-class FullLayers(Scheduled):
-    "Grows layers that are full"
+# %% ../nbs/16_adaptive.ipynb #9c9c627a
+class Measured(Scheduled):
+    "A policy that asks moving averages of the activations"
     def __init__(self,
-        schedule=None, # a `Schedule`, or a number of steps; every 1,000 with as long a cooldown if None
-        threshold:float=.9, # share that is active; more makes a layer full
-        ratio:float=.1, # units to add, of those there are; at least one
-        of:str='activations', # what is counted: 'activations', or 'units' that are in use
-        max_width:int=None, # most units of a layer
-        max_depth:int=None, # most layers; None: none is added
-        solved:float=None, # loss below which nothing grows
+        schedule, # a `Schedule`, or a number of steps
         decay:float=.99 # of the averages, per measured batch
     ):
-        super().__init__(Schedule(1000, cooldown=1000, min_samples=1000) if schedule is None else schedule)
-        if not 0 <= threshold <= 1: raise ValueError(f'threshold: got {threshold!r}, takes a share from 0 to 1')
-        if of not in OF: raise ValueError(f'of: got {of!r}{did_you_mean(of, OF)}')
-        self.threshold, self.ratio, self.of, self.solved = threshold, ratio, of, solved
-        self.max_width, self.max_depth = max_width, max_depth
+        super().__init__(schedule)
         self.averages = Averages(decay=decay, every=min(10, self.schedule.every))
 
     def before_fit(self, trainer):
@@ -328,22 +319,57 @@ class FullLayers(Scheduled):
     def state_dict(self): return super().state_dict() | dict(averages=self.averages.state_dict())
     def load_state_dict(self, state): super().load_state_dict(state); self.averages.load_state_dict(state['averages'])
 
-# %% ../nbs/16_adaptive.ipynb #e53f67db
-@method(FullLayers)
-def propose(self, trainer):
-    "Edits for the layers that are full"
-    net, out = trainer.model, []
-    if self.solved is not None and trainer.loss.item() < self.solved: return out
-    names = {id(m): n for n, m in net.named_modules()}
-    for i, layer in enumerate(net.layers):
-        at = names[id(_answer(net, layer.weights[0].rpartition('.')[0]))]
-        if at not in self.averages.of or not self.averages.full(at, self.threshold, self.of): continue
-        room = math.inf if self.max_width is None else self.max_width - layer.size
-        k = min(room, max(1, int(layer.size*self.ratio + 1e-9)))
-        seed = net.seed*10**6 + trainer.step
-        if k > 0 and 'widen' not in layer.group.blocked: out.append(STARTS[net.start](layer.group.name, k, seed))
-        elif self.max_depth is not None and len(net.layers) < self.max_depth: return [Deepen(net.place(i + 1), seed=seed)]
-    return out
+    def measured(self, network): # [(number, layer, name of what was measured)]
+        "The layers whose activations have been measured"
+        names = {id(m): n for n, m in network.named_modules()}
+        found = [(i, x, names[id(_answer(network, x.weights[0].rpartition('.')[0]))]) for i, x in enumerate(network.layers)]
+        return [(i, x, at) for i, x, at in found if at in self.averages.of and len(self.averages[at].active) == x.size]
+
+# %% ../nbs/16_adaptive.ipynb #ac95ea59
+class FullLayers(Measured):
+    "Grows layers that are full"
+    def __init__(self,
+        schedule=None, # a `Schedule`, or a number of steps; every 1,000 with as long a cooldown if None
+        threshold:float=.9, # share that is active; more makes a layer full
+        ratio:float=.1, # units to add, of those there are; at least one
+        of:str='activations', # what is counted: 'activations', or 'units' that are in use
+        max_width:int=None, # most units of a layer
+        max_depth:int=None, # most layers; None: none is added
+        solved:float=None, # loss below which nothing grows
+        decay:float=.99 # of the averages, per measured batch
+    ):
+        super().__init__(Schedule(1000, cooldown=1000, min_samples=1000) if schedule is None else schedule, decay)
+        if not 0 <= threshold <= 1: raise ValueError(f'threshold: got {threshold!r}, takes a share from 0 to 1')
+        if of not in OF: raise ValueError(f'of: got {of!r}{did_you_mean(of, OF)}')
+        self.threshold, self.ratio, self.of, self.solved = threshold, ratio, of, solved
+        self.max_width, self.max_depth = max_width, max_depth
+
+    def propose(self, trainer):
+        net, out = trainer.model, []
+        if self.solved is not None and trainer.loss.item() < self.solved: return out
+        for i, layer, at in self.measured(net):
+            if not self.averages.full(at, self.threshold, self.of): continue
+            room = math.inf if self.max_width is None else self.max_width - layer.size
+            k, seed = min(room, max(1, int(layer.size*self.ratio + 1e-9))), net.seed*10**6 + trainer.step
+            if k > 0 and 'widen' not in layer.group.blocked: out.append(STARTS[net.start](layer.group.name, k, seed))
+            elif self.max_depth is not None and len(net.layers) < self.max_depth: return [Deepen(net.place(i + 1), seed=seed)]
+        return out
+
+# %% ../nbs/16_adaptive.ipynb #12d0a0e8
+class IdleUnits(Measured):
+    "Removes units that are never active"
+    def __init__(self,
+        schedule=500, # a `Schedule`, or a number of steps
+        alive:float=.01, # share of samples: a unit that is active on fewer is idle
+        decay:float=.99 # of the averages, per measured batch
+    ): super().__init__(schedule, decay); self.alive = alive
+
+    def propose(self, trainer):
+        out = []
+        for _, layer, at in self.measured(trainer.model):
+            idle = (self.averages[at].active < self.alive).nonzero()[:, 0].tolist()
+            if 0 < len(idle) < layer.size and 'prune' not in layer.group.blocked: out.append(Prune(layer.group.name, idle))
+        return out
 
 # %% ../nbs/16_adaptive.ipynb #84a2a209
 class WeakUnits(Scheduled):
@@ -396,7 +422,7 @@ class WeakWeights(Masks):
 # %% ../nbs/16_adaptive.ipynb #8b1ef850
 def adaptation(
     grow=None, # a `Schedule` or a number of steps; every 1,000 with as long a cooldown if None; 0: never
-    prune=500, # likewise, for weak weights and units
+    prune=500, # likewise, for weak weights, weak units and idle units
     quantize=100, # likewise, for forward passes with rounded weights
     layers=0, # likewise, for layers that are affine
     of:str='activations', # what makes a layer full: 'activations' that are active, or 'units' in use
@@ -410,7 +436,7 @@ def adaptation(
 ) -> list: # of callbacks
     "The policies of an adaptive network"
     again = lambda s: copy.deepcopy(as_schedule(s))
-    out = [WeakWeights(again(prune), threshold), WeakUnits(again(prune), threshold)] if prune else []
+    out = [WeakWeights(again(prune), threshold), WeakUnits(again(prune), threshold), IdleUnits(again(prune))] if prune else []
     if layers: out.append(AffineLayers(again(layers)))
     if grow is None or grow: out.append(FullLayers(None if grow is None else again(grow), full, ratio, of, max_width, max_depth, solved))
     return out + ([FakeQuantize(bits, again(quantize))] if quantize else [])
