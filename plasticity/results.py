@@ -366,15 +366,21 @@ def _definitions(source):
             out[n.name] = hashlib.sha256(essence(text).encode()).hexdigest()[:12]
     return out
 
+def _is_call(n, name): return isinstance(n, ast.Call) and getattr(n.func, 'id', getattr(n.func, 'attr', '')) == name
+
 def _asked(source):
-    "The names of the results that a notebook's code reads"
-    for n in ast.walk(ast.parse(source)):
-        if isinstance(n, ast.Call) and getattr(n.func, 'id', getattr(n.func, 'attr', '')) == 'saved_run':
+    "(name, whether the page can do without it) of the results that a notebook's code reads"
+    tree, spare = ast.parse(source), set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.With) and any(_is_call(i.context_expr, 'suppress') and 'FileNotFoundError' in ast.unparse(i.context_expr)
+                                           for i in n.items): spare |= {id(k) for s in n.body for k in ast.walk(s)}
+    for n in ast.walk(tree):
+        if _is_call(n, 'saved_run'):
             name = next((k.value for k in n.keywords if k.arg == 'name'), None)
             first = n.args[0] if n.args else None
             first = first.elts[0] if isinstance(first, (ast.List, ast.Tuple)) and first.elts else first
-            if isinstance(name, ast.Constant): yield name.value
-            elif name is None and isinstance(first, ast.Name): yield first.id
+            if isinstance(name, ast.Constant): yield name.value, id(n) in spare
+            elif name is None and isinstance(first, ast.Name): yield first.id, id(n) in spare
 
 def _code(nb):
     "The Python of a notebook, line magics left out"
@@ -397,16 +403,17 @@ def _now(dep, defs):
 # %% ../nbs/00_results.ipynb #9305ab89
 def results_state(
     folder=None # the notebooks'; `nbs` of the checkout if None
-) -> Table: # name, state (current, stale, missing, unused), why, notebook
+) -> Table: # name, state (current, stale, missing, not run, unused), why, notebook
     "Every result that a notebook asks for or that is saved, and whether its source has changed since"
     folder, rows, seen = Path(folder or project_root()/'nbs'), [], set()
     for nb in sorted(folder.rglob('*.ipynb')):
         if '.ipynb_checkpoints' in nb.parts: continue
         source = _code(nb)
-        for name in dict.fromkeys(_asked(source)):
+        for name, spare in dict(_asked(source)).items():
             path = results_folder()/f'{name}.json'
             if not path.exists():
-                if nb.name != '00_results.ipynb': rows.append(dict(name=name, state='missing', why='', notebook=nb.name))
+                state = 'not run' if spare else 'missing'
+                if nb.name != '00_results.ipynb': rows.append(dict(name=name, state=state, why='', notebook=nb.name))
                 continue
             seen.add(name)
             old = json.loads(path.read_text())['meta']['dependencies']

@@ -91,9 +91,10 @@ def test_results_state(module, results, tmp_path):
     m = module(BASE)
     saved_run(m.run, run=True)
     saved_run(m.run, run=True, name='lonely')
-    notebook('a', '%matplotlib inline\nimport x', 'r = saved_run([run])\nsaved_run(run, name="gone")')
+    notebook('a', '%matplotlib inline\nimport x', 'r = saved_run([run])\nsaved_run(run, name="gone")',
+             'from contextlib import suppress\nwith suppress(FileNotFoundError): late = saved_run(run, name="later")')
     state = {r['name']: r['state'] for r in results_state(tmp_path)}
-    assert state == dict(run='current', gone='missing', lonely='unused')
+    assert state == dict(run='current', gone='missing', later='not run', lonely='unused')
     module(BASE.replace('x + 1', 'x + 2'))
     assert results_state(tmp_path).where(name='run')[0]['state'] == 'stale'
 
