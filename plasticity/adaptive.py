@@ -342,7 +342,15 @@ class FullLayers(Measured):
         if not 0 <= threshold <= 1: raise ValueError(f'threshold: got {threshold!r}, takes a share from 0 to 1')
         if of not in OF: raise ValueError(f'of: got {of!r}{did_you_mean(of, OF)}')
         self.threshold, self.ratio, self.of, self.solved = threshold, ratio, of, solved
-        self.max_width, self.max_depth = max_width, max_depth
+        self.max_width, self.max_depth, self.shape = max_width, max_depth, None
+
+    def after_epoch(self, trainer):
+        net = trainer.model
+        if self.shape is None: # looked up only after a change
+            self.shape = dict(zip(map(str, net.layer_numbers()), net.get_layer_sizes(), strict=True)), net.get_num_parameters()
+        trainer.log(sizes=dict(self.shape[0]), parameters=self.shape[1])
+
+    def renewed(self): super().renewed(); self.shape = None
 
     def propose(self, trainer):
         net, out = trainer.model, []
@@ -459,7 +467,7 @@ def adaptive(experiment,
     grow_ratio:float=.1, # units to add, of those there are
     max_width:int=512, # most units of a layer
     max_depth:int=None, # most layers
-    solved:float=None, # loss below which nothing grows
+    solved:float=.01, # loss below which nothing grows
     prune_every:int=500, # steps; 0: never
     prune_threshold:float=.01, # of |weight|
     layers_every:int=0, # steps between looks for layers that are affine; 0: never

@@ -2,13 +2,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from plasticity.adaptive import AdaptiveMLP, FullLayers, WeakUnits, adaptation, parity_network
+from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, adaptation, parity_network
 from plasticity.data import Data, get_data
 from plasticity.models import num_parameters
 from plasticity.results import generator
 from plasticity.schedules import Schedule
 from plasticity.training import Trainer
+from plasticity.units import EditError
 
 torch.set_num_threads(1)
 
@@ -121,11 +124,16 @@ def test_a_removed_layer_comes_back_with_its_record():
 
 def test_what_cannot_be_removed_is_refused():
     with pytest.raises(ValueError, match='layer'): AdaptiveMLP(6, 3, (8,), seed=0).remove_layer(3, torch.randn(9, 6))
-    from plasticity.units import EditError
     net = AdaptiveMLP(6, 3, (8, 7), normalization='batch', seed=0)
     old = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(EditError): net.remove_layer(0, torch.randn(64, 6))
     assert all(torch.equal(v, old[k]) for k, v in net.state_dict().items())
+
+def test_idle_units_go_and_the_last_one_stays():
+    for active, left in ((7, 7), (1, 1), (0, 10)):
+        net = share_net(active, 10)
+        Trainer(net, blobs(), lr=0., batch_size=32, device='cpu', callbacks=[IdleUnits(Schedule(4))]).fit(1)
+        assert net.get_layer_sizes() == [left]
 
 def test_weak_units_go():
     net = AdaptiveMLP(6, 2, (10,), seed=0)
@@ -145,6 +153,45 @@ def test_everything_together_trains_and_resumes(tmp_path, skip):
     rest = make().load(tmp_path).fit()
     a, b = whole.model.state_dict(), rest.model.state_dict()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+def test_affine_layers_go_on_a_schedule_and_checkpoints_know(tmp_path):
+    net = AdaptiveMLP(6, 2, (8, 7, 9), seed=0)
+    with torch.no_grad(): net.layers[1].module.bias.fill_(100.)
+    p = AffineLayers(Schedule(4, limit=1))                                                     # what follows is affine too by then
+    Trainer(net, blobs(), lr=0., batch_size=32, device='cpu', callbacks=[p]).fit(3)
+    assert net.get_layer_sizes() == [8, 9] and [e['edits'][0]['edit'] for e in p.events] == ['RemoveLayer']
+    net.expand_depth(2); net.expand_layer_width(0, 3)
+    net.save_checkpoint(tmp_path/'net.safetensors')
+    back, x = AdaptiveMLP.from_checkpoint(tmp_path/'net.safetensors'), torch.randn(5, 6)
+    with torch.no_grad(): assert torch.equal(back(x), net(x)) and back.get_layer_sizes() == net.get_layer_sizes() == [11, 9, 9]
+    assert back.structure == net.structure
+    before = net.get_layer_sizes()
+    back.remove_layer(1, torch.randn(64, 6)); assert len(back.get_layer_sizes()) == len(before) - 1
+
+KINDS = st.sampled_from(['widen', 'deepen', 'shrink', 'remove', 'train'])
+
+@given(st.lists(st.tuples(KINDS, st.integers(0, 10**6)), min_size=1, max_size=8), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_sequence_of_changes_holds_together(changes, skip):
+    net, x = AdaptiveMLP(6, 3, (4, 5), skip=skip, seed=0), torch.randn(32, 6, generator=generator(0, 'x'))
+    opt = torch.optim.Adam(net.parameters(), lr=.01)
+    net.attach(opt)
+    for what, i in changes:
+        n = len(net.layers)
+        with torch.no_grad(): old = net(x)
+        kept = what in ('widen', 'deepen')
+        if what == 'train': net(x).square().mean().backward(); opt.step(); opt.zero_grad(); continue
+        if what == 'widen' and n: net.expand_layer_width(i % n, 1 + i % 3)
+        elif what == 'deepen' and 0 < n < 5: net.expand_depth(1 + i % n)
+        elif what == 'shrink' and n and net.get_layer_sizes()[i % n] > 1: net.shrink_layer_width(i % n, 1)
+        elif what == 'remove' and n > 1:
+            try: net.remove_layer(i % n, x)
+            except EditError: kept = True
+        with torch.no_grad():
+            if kept: torch.testing.assert_close(net(x), old, rtol=1e-3, atol=1e-4)
+        held = {id(p): p for g in opt.param_groups for p in g['params']}
+        assert set(held) == {id(p) for p in net.parameters()}
+        assert all(v.shape == p.shape for p, s in opt.state.items() for k, v in s.items() if k != 'step')
 
 def test_parity_from_a_random_start_is_solved_by_growth():
     d = get_data('parity', bits=4)

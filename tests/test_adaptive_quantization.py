@@ -31,6 +31,12 @@ def test_error_idempotence_values(shape, bits, per_channel, seed, scale, dtype):
     q, s = quantize(w, bits, per_channel)
     assert q.abs().max() <= 2**(bits - 1) - 1 and torch.equal(dequantize(q, s, bits), v)
 
+@pytest.mark.parametrize('bits', [2, 3, 5, 8, 11, 16])
+def test_idempotent_to_the_bit_in_many_rows(bits):
+    w = torch.randn(20_000, 8, generator=generator(bits, 'rows'))
+    v = fake_quantize(w, bits)
+    assert torch.equal(fake_quantize(v, bits), v) and torch.equal(v.abs().amax(1), w.abs().amax(1))
+
 @pytest.mark.parametrize('w', [torch.zeros(3, 4), torch.full((2, 2), 5.), torch.tensor([[0., 0.], [1., -1.]])])
 def test_constant_and_zero_weights(w): assert torch.equal(fake_quantize(w, 4), w)
 
