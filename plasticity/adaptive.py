@@ -174,7 +174,8 @@ def _exchange(self, path, spec=('Identity', ()), values=()):
     before, up, name = {id(p): n for n, p in self.model.named_parameters()}, *path.rpartition('.')[::2]
     for i, box in enumerate(self.modules(up)):
         old, new = box._modules[name], getattr(nn, spec[0])(**dict(spec[1])).train(box.training)
-        for k, p in new.named_parameters(): p.data = dict(values)[k].clone()
+        like = next(self.model.parameters(), torch.empty(0))
+        for k, p in new.named_parameters(): p.data = dict(values)[k].to(like.device).clone()
         if i == 0:
             back = dict(op='exchange', path=path, spec=_spec(old), values={k: p.detach().clone() for k, p in old.named_parameters()})
             near = list(self.model.named_parameters())

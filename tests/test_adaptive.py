@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, adaptation, parity_network
 from plasticity.data import Data, get_data
+from plasticity.edits import load_record, replay
 from plasticity.models import num_parameters
 from plasticity.results import generator
 from plasticity.schedules import Schedule
@@ -109,14 +110,14 @@ def test_a_layer_that_is_affine_goes_without_a_trace(skip):
     assert held == {id(p) for p in net.parameters()} and all(s['exp_avg'].shape == p.shape for p, s in opt.state.items())
     net(x).sum().backward(); opt.step()
 
-def test_a_removed_layer_comes_back_with_its_record():
+def test_a_removed_layer_comes_back_with_its_record(tmp_path):
     net = AdaptiveMLP(6, 3, (8, 7), seed=0)
     x = torch.randn(64, 6, generator=generator(0))
     with torch.no_grad(): old, names = net(x), [n for n, _ in net.named_parameters()]
-    from plasticity.edits import replay
     record = net.remove_layer(0, x)
     assert net.get_layer_sizes() == [7] and record.edits[0]['explained'] < 1
     with torch.no_grad(): gone = net(x)
+    record = load_record(record.save(tmp_path/'record'))
     replay(net, record.inverse())
     with torch.no_grad(): assert torch.equal(net(x), old) and [n for n, _ in net.named_parameters()] == names
     replay(net, record)
