@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: settings.ini setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-demo: $(VENV)/.installed ## train a network on real digits, measure it, write outputs/<run>/report.html
+demo: $(VENV)/.installed ## train a network on one task after another (permuted digits), watch it lose the ability to learn, write outputs/<run>/report.html
 	$(BIN)/plasticity
 
 test: $(VENV)/.installed-dev ## every check that CI runs

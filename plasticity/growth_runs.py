@@ -104,14 +104,15 @@ class FreshUnits(Callback):
     def __init__(self,
         k:int, # units of each layer
         arm:str # 'grow', 'reset' or 'scratch'
-    ): self.k, self.arm = k, arm
+    ): self.k, self.arm, self.first = k, arm, None
 
-    def before_fit(self, trainer): trainer.model.attach(trainer.optimizer)
+    def before_fit(self, trainer):
+        trainer.model.attach(trainer.optimizer)
+        if self.first is None: self.first = [p.detach().clone() for p in trainer.model.parameters()]
     def before_task(self, trainer):
         net = trainer.model
         if self.arm == 'scratch':
-            for m in net.modules():
-                if isinstance(m, nn.Linear): m.reset_parameters()
+            for p, first in zip(net.parameters(), self.first, strict=True): p.data.copy_(first)
             trainer.optimizer.state.clear()
         for i in range(len(net.get_layer_sizes()) if self.arm in ('grow', 'reset') else 0):
             if self.arm == 'grow': net.expand_layer_width(i, self.k)

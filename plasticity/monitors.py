@@ -745,6 +745,7 @@ class _CompiledCall:
     def remove(self): self.model._compiled_call_impl = self.call
 
 Monitor.__enter__, Monitor.__exit__ = lambda self: self.attach(), lambda self, *_: self.remove()
+Monitor.observes_only = True # the passes in which an edit looks for units or tries itself are none of its business
 
 # %% ../nbs/04_monitors.ipynb #79b6f6c2
 @method(Monitor)
