@@ -289,7 +289,7 @@ def latencies(
 
 def _timed(q, x, device, repeats, compile):
     "Milliseconds and bytes of a model"
-    if compile: torch._dynamo.reset() # else the n-th model meets the limit of recompilations
+    if compile: torch.compiler.reset() # else the n-th model meets the limit of recompilations
     run = torch.compile(q) if compile else q
     with torch.no_grad(): return dict(ms=1e3*seconds(lambda: run(x), device, repeats), bytes=stored_bytes(q))
 
