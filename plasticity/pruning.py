@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'NORMS', 'CRITERIA', 'macs', 'Evidence', 'size', 'criterion', 'magnitude', 'outgoing', 'group', 'taylor',
            'activation', 'random', 'prunable', 'importance', 'chosen', 'lowest', 'prune_units', 'weak_units', 'Masks',
-           'update', 'apply', 'before_fit', 'after_step', 'IterativePruning', 'pruned_like']
+           'update', 'smallest', 'apply', 'before_fit', 'after_step', 'IterativePruning', 'pruned_like']
 
 # %% ../nbs/15b_pruning.ipynb #91419f47
 import copy, math
@@ -299,12 +299,18 @@ def update(self, share=None, threshold=None):
         small = {}
         for names in parts:
             flat = torch.cat([sizes[n].flatten() for n in names])
-            low = torch.zeros_like(flat, dtype=torch.bool)
-            low[flat.argsort(stable=True)[:round(share*len(flat))]] = True
+            low = smallest(flat, round(share*len(flat)))
             split = low.split([sizes[n].numel() for n in names])
             small |= {n: s.view_as(sizes[n]) for n, s in zip(names, split, strict=True)}
     for n, s in small.items(): self.gone[n].masked_fill_(s, math.inf)
     self.apply()
+
+def smallest(v, k): # (n,) -> bool (n,)
+    "Which are the k smallest; of equal ones the first"
+    if not k: return torch.zeros_like(v, dtype=torch.bool)
+    cut = v.kthvalue(k).values
+    low, equal = v < cut, v == cut
+    return low | equal & (equal.cumsum(0) <= k - low.sum())
 
 @method(Masks)
 @torch.no_grad()
