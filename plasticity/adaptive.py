@@ -279,7 +279,7 @@ class AffineLayers(Scheduled):
     "Removes layers that the next one can do without"
     def __init__(self,
         schedule=1000, # a `Schedule`, or a number of steps
-        explained:float=.999 # share of the activations' variance that straight lines must explain
+        explained:float=.9999 # share of the activations' variance that straight lines must explain
     ): super().__init__(schedule); self.explained = explained
 
     def propose(self, trainer):
