@@ -18,4 +18,5 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       install_requires=cfg['requirements'].split(),
       extras_require=extras,
       entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
-                    'console_scripts': ['plasticity=plasticity.experiments:main', 'plasticity-data=plasticity.data:main']})
+                    'console_scripts': ['plasticity=plasticity.experiments:main', 'plasticity-data=plasticity.data:main',
+                                        'plasticity-chat=plasticity.chat:main']})
