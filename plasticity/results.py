@@ -405,7 +405,10 @@ def results_state(
     folder=None # the notebooks'; `nbs` of the checkout if None
 ) -> Table: # name, state (current, stale, missing, not run, unused), why, notebook
     "Every result that a notebook asks for or that is saved, and whether its source has changed since"
-    folder, rows, seen = Path(folder or project_root()/'nbs'), [], set()
+    folder, rows, seen, hashes = Path(folder or project_root()/'nbs'), [], set(), {}
+    def now(k, defs):
+        if k not in hashes or k.startswith('__main__.'): hashes[k] = _now(k, defs)
+        return hashes[k]
     for nb in sorted(folder.rglob('*.ipynb')):
         if '.ipynb_checkpoints' in nb.parts: continue
         source = _code(nb)
@@ -418,7 +421,7 @@ def results_state(
             seen.add(name)
             old = json.loads(path.read_text())['meta']['dependencies']
             defs = _definitions(source)
-            changed = [k for k, v in old.items() if not (k.startswith('__main__.') and k[9:].isupper()) and _now(k, defs) != v]
+            changed = [k for k, v in old.items() if not (k.startswith('__main__.') and k[9:].isupper()) and now(k, defs) != v]
             why = ', '.join(changed[:3]) + (f' and {len(changed) - 3} more' if len(changed) > 3 else '')
             rows.append(dict(name=name, state='stale' if changed else 'current', why=why, notebook=nb.name))
     rest = [p.stem for p in sorted(results_folder().glob('*.json')) if p.stem not in seen]
