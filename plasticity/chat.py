@@ -51,7 +51,7 @@ class Chat:
         if console is None:
             try: from rich.console import Console
             except ImportError as e: raise ImportError('chat: takes the rich library: pip install rich') from e
-            console = Console(highlight=False)
+            console = Console(highlight=False, force_jupyter=False)
         self.model, self.tokenizer, self.about, self.console = model.eval(), tokenizer, about or {}, console
         self.knobs = dict(temperature=.8, top_k=None, top_p=.95, repetition_penalty=1., n=200, seed=seed, stop='')
         self.heads, self.past, self.text = Heads(model), [], ''

@@ -50,8 +50,9 @@ def test_weakest_leave_one_head_a_layer():
     said(c, '/prune 99')
     assert c.model.heads == [1, 1] and said(c, 'hi')
 
-@pytest.mark.parametrize('line', ['temp=hot', 'temp=-1', 'top_p=0', 'top_k=-3', 'length=0', 'tmep=1', '/prune x', '/prune 0.7', '/prune 9.0',
-                                  '/regrow 0.0', '/nothing', '/quantize a', '/quantize 1', '/save', '/quantize 1 2 3', '/'])
+@pytest.mark.parametrize('line', ['temp=hot', 'temp=-1', 'top_p=0', 'top_k=-3', 'length=0', 'tmep=1', '/prune x', '/prune 0.7',
+                                  '/prune 9.0', '/regrow 0.0',
+                                  '/nothing', '/quantize a', '/quantize 1', '/save', '/quantize 1 2 3', '/'])
 def test_mistakes_cost_a_line(line):
     c = chat()
     knobs, state = dict(c.knobs), {k: v.clone() for k, v in c.model.state_dict().items()}
