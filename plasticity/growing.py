@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'STARTS', 'Expandable', 'Heads', 'Layer', 'OpenSession', 'se
            'as_saved', 'load_checkpoint', 'flops']
 
 # %% ../nbs/09b_growing.ipynb #c0203454
-import itertools, json
+import inspect, itertools, json
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ class Heads(nn.ModuleList):
     active = 0
     def forward(self, x): return self[self.active](x)
 
+Heads.__signature__ = inspect.Signature() # PyTorch's own has names in it that only PyTorch can resolve
 Expandable.heads = property(lambda self: getattr(self.body, 'head', None))
 
 # %% ../nbs/09b_growing.ipynb #663defb1
