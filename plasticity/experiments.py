@@ -23,10 +23,12 @@ from .extrema import extrema
 from .growing import grow
 from .metrics import report
 from .growth_plots import plot_river
+from .heads import HeadPruning
 from .models import MODELS, make_model
 from .policies import STRATEGIES, Growth
 from .remedies import REMEDIES
 from .results import Table, did_you_mean, pick_device, seeded, write_atomic
+from .text import language
 from .training import OPTIMIZERS, Callback, Checkpoint, Trainer
 
 # %% ../nbs/21_experiments.ipynb #0321e42d
@@ -134,6 +136,8 @@ class Experiment:
         bits = config['task'].get('bits')
         options = self.options('dataset') | ({} if bits is None else dict(bits=bits))
         self.data = get_data(self.choice('dataset'), root=config['root'], **options)
+        room = config['model'].get('max_seq_length')
+        if room and hasattr(self.data, 'stretched'): self.data = self.data.stretched(room)
         if self.dry:
             few = 2*max(1, config['training'].get('batch_size', 64))
             self.data = self.data.subset(train=min(few, len(self.data.x_train)), test=min(64, len(self.data.x_test)))
@@ -211,6 +215,8 @@ def continual_learning(experiment,
 TRAININGS['cloning'] = cloning
 TRAININGS['extrema'] = extrema
 TRAININGS['adaptive'] = adaptive
+TRAININGS['language'] = language
+POLICIES['heads'] = HeadPruning
 
 # %% ../nbs/21_experiments.ipynb #624549c6
 class Record(Callback):
@@ -404,6 +410,7 @@ HELP = '''plasticity: train a network that is measured, and may change, while it
   plasticity training=continual policy=redo         one task after another, with a remedy
   plasticity growth=loss model.hidden_sizes=[8,8]   a network that grows when its loss stands still
   plasticity +preset=mlp-mnist                      a whole line under one name: here, cloning
+  plasticity model=gpt dataset=text data.path=my.txt  a language model of a text; then: plasticity-chat outputs/RUN
   plasticity model=vit dataset=cifar10 dryrun=true  one short epoch, to see that it works
 
 Choices: '''
@@ -584,9 +591,20 @@ def _expand(words):
         tree |= {k: v for k, v in _json(Path(run)/'config.json', 'resume').items() if k != 'resume'}
         if not (Path(run)/'checkpoint.json').exists(): raise ConfigError(f'resume: no checkpoint in {run}')
         words.append(f'hydra.run.dir={run}')
+    words = _language(words, tree)
     chosen = {w.partition('=')[0] for w in words}
     tree = {k: v for k, v in tree.items() if k not in chosen}
     return as_words(tree) + words
+
+LANGUAGE = {'model': 'gpt', 'dataset': 'text', 'training': 'language', 'optimizer': 'adamw', 'optimizer.lr': '0.0003', 'metrics.probe': '8'}
+
+def _language(words, tree):
+    "The words of a language model: `data.` for `dataset.`, and what goes with a text or a GPT where nothing else is said"
+    words = ['dataset.' + w[5:] if w.startswith('data.') else w for w in words]
+    said = {k: v for k, _, v in (w.partition('=') for w in words)}
+    if said.get('model') != 'gpt' and said.get('dataset') != 'text': return words
+    given = {*said, *tree, *(f'{k}.{o}' for k, v in tree.items() if isinstance(v, dict) for o in v)}
+    return [f'{k}={v}' for k, v in LANGUAGE.items() if k not in given] + words
 
 def _import(path):
     "Run a reader's file, so that it can register things"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Bytes', 'Characters', 'Pairs', 'learned_pairs', 'gpt2_pairs', 'get_tokenizer', 'text_files', 'texts_of',
-           'encoded', 'TextData', 'to', 'stretched', 'subset', 'probe', 'batches', 'text']
+           'encoded', 'TextData', 'to', 'stretched', 'subset', 'probe', 'sampled', 'n_batches', 'batches', 'text',
+           'language']
 
 # %% ../nbs/17a_text.ipynb #ee6504b0
 import copy, hashlib, json, os, sysconfig
@@ -161,7 +162,7 @@ class TextData(Data):
         length:int=128 # tokens of a sample
     ):
         self.name, self.tokenizer, self.num_classes, self.length = name, tokenizer, tokenizer.size, length
-        self.text, self.augment, self.classes = dict(train=train, test=test), (), None
+        self.text, self.augment, self.classes, self.epoch = dict(train=train, test=test), (), None, None
         for k, t in self.text.items():
             if len(t) <= length: raise ValueError(f'length: got {length}, but the {k} text has {len(t)} tokens')
 
@@ -221,6 +222,17 @@ def probe(self, n=512, split='train', seed=0):
     i = torch.linspace(0, len(x) - 1, min(n, len(x)), device=self.device).long()
     return x[i].long(), y[i].long()
 
+@method(TextData)
+def sampled(self, epoch:int): # stretches of an epoch
+    "The same text with shorter epochs, each a random choice of stretches"
+    return _changed(self, epoch=epoch)
+
+@method(TextData)
+def n_batches(self, batch_size, split='train', drop_last=False):
+    n = (len(self.text[split]) - 1)//self.length
+    n = min(n, self.epoch or n) if split == 'train' else n
+    return n//batch_size if drop_last else -(-n//batch_size)
+
 # %% ../nbs/17a_text.ipynb #10a59be3
 @method(TextData)
 def batches(self, batch_size, split='train', shuffle=True, seed=0, epoch=0, start=0, augment=False, drop_last=False):
@@ -234,6 +246,7 @@ def _stretches(data, size, split, shuffle, g, ks):
     t, length = data.text[split], data.length
     n = (len(t) - 1)//length
     order = torch.randperm(n, generator=g) if shuffle else torch.arange(n)
+    if split == 'train' and data.epoch: order = order[:data.epoch]
     first = int(torch.randint(length, (), generator=g)) if shuffle else 0
     at = (order*length + first).clamp(max=len(t) - length - 1).to(data.device)
     steps = torch.arange(length + 1, device=data.device)
@@ -257,3 +270,26 @@ def text(
     tokens, t = encoded(Path(root)/'cache', path, files, tokenizer, vocab_size)
     n = round(len(tokens)*(1 - test))
     return TextData('Python' if path is None else Path(path).stem, tokens[:n], tokens[n:], t, length)
+
+# %% ../nbs/17a_text.ipynb #785d3d9b
+def language(experiment,
+    epochs:int=10, # of `steps_per_epoch` steps
+    batch_size:int=4, # stretches
+    seed:int=42,
+    schedule:str='cosine', # constant, linear, cosine, step
+    warmup:int=100, # steps
+    clip:float=1., # largest gradient norm
+    accumulate:int=1, # pieces of a batch
+    precision:str='float32', # float32, bf16, fp16
+    compile:bool=False,
+    steps_per_epoch:int=100, # 0: an epoch reads the whole text
+    test_stretches:int=64 # of the test text, read after each epoch; 0 for all
+): # for the command line
+    "Learn to continue a text"
+    e = experiment
+    if not hasattr(e.data, 'sampled'): raise ValueError(f'training: language takes dataset=text, got {e.data.name}')
+    if test_stretches: e.data = e.data.subset(test=min(test_stretches, len(e.data.x_test)))
+    if steps_per_epoch: e.data = e.data.sampled(steps_per_epoch*batch_size)
+    trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
+                        precision=precision, compile=compile)
+    return trainer.load(e.folder).fit() if e.config['resume'] else trainer.fit(e.epochs(epochs))
