@@ -15,7 +15,7 @@ from plasticity.elbo import VAE, elbo, importance_bound, kl_divergence, latent_s
 from plasticity.results import generator, seeded
 from plasticity.schedules import Schedule
 from plasticity.training import Trainer
-from plasticity.units import units
+from plasticity.units import EditError, units
 from plasticity.vae import AdaptiveVAE, Busy, Idle, WidenLatent, adaptation, vae_trainer
 
 torch.set_num_threads(1)
@@ -110,7 +110,7 @@ def test_loss_of_old_dimensions_is_kept_in_training_mode():
     for u, v in zip(a, b, strict=True): torch.testing.assert_close(u, v, rtol=1e-5, atol=1e-4)
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 4), st.integers(0, 4),
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 4), st.integers(0, 4),
        st.sampled_from(SHAPES))
 def test_growth_of_any_network(channels, latent, k, m, shape):
     model, opt, x = made(shape, channels, latent, steps=1)
@@ -136,6 +136,14 @@ def test_pruning_what_is_inactive_is_exact():
     assert model.latent_dim == 4 and model.channels == (3, 5, 5)
     assert (rebuilt(model, x, noise[:, keep]) - before).abs().max() <= 1e-5
     for p in model.parameters(): assert opt.state[p]['exp_avg'].shape == p.shape
+
+def test_one_channel_that_is_flattened_is_refused_by_name():
+    model, _, _ = made((1, 8, 8), (2, 1), 3, steps=1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(EditError, match='encoder.1.conv'): model.grow(channels=1)
+    with pytest.raises(EditError, match='encoder.9'): model.prune({'encoder.9.conv': [0]})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.grow(latent=2).edits and model.latent_dim == 5
 
 def test_inactive_finds_dead_channels():
     model, _, x = made()
@@ -271,7 +279,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     def trainer():
         with seeded(0, 'model'): m = AdaptiveVAE((1, 8, 8), (6, 8), 4)
         return vae_trainer(m, get_data('digits').subset(128, 64), batch_size=32, device='cpu', eval_every=0,
-                           callbacks=adaptation(Schedule(7), Schedule(9), 3, grow_threshold=.01, max_channels=9))
+                           callbacks=adaptation(Schedule(7), Schedule(9), 3, grow_threshold=-1., prune_threshold=-1., max_channels=9))
     whole = trainer().fit(5)
     part = trainer().fit(5, steps=10)
     part.save(tmp_path)
