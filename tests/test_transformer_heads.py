@@ -106,6 +106,17 @@ def test_growth_keeps_the_function(options):
     o.zero_grad(); token_loss(m(x), x.roll(-1, 1)).backward(); o.step()
     assert len(record.edits) >= 4 and {id(p) for g in o.param_groups for p in g['params']} == {id(p) for p in m.parameters()}
 
+def test_growth_from_a_single_head():
+    m, x = small(num_heads=1), tokens()
+    o = trained(m)
+    with torch.no_grad(): before = m(x)
+    state = everything(m, o)
+    record = grow_language_model(m, x, hidden_size=48, num_heads=4, num_layers=3, optimizer=o)
+    with torch.no_grad(): assert (m(x) - before).abs().max() < 1e-5 and m.heads == [4]*3
+    from plasticity.edits import replay
+    replay(m, record.inverse(), o)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(everything(m, o), state, strict=True))
+
 def test_growth_can_be_taken_back():
     from plasticity.edits import replay
     m, x = small(), tokens()
