@@ -30,6 +30,7 @@ from .remedies import REMEDIES
 from .results import Table, did_you_mean, pick_device, seeded, write_atomic
 from .text import language
 from .training import OPTIMIZERS, Callback, Checkpoint, Trainer
+from .vae import vae_training
 
 # %% ../nbs/21_experiments.ipynb #0321e42d
 PLAIN = (int, float, str, bool)
@@ -216,6 +217,7 @@ TRAININGS['cloning'] = cloning
 TRAININGS['extrema'] = extrema
 TRAININGS['adaptive'] = adaptive
 TRAININGS['language'] = language
+TRAININGS['vae'] = vae_training
 POLICIES['heads'] = HeadPruning
 
 # %% ../nbs/21_experiments.ipynb #624549c6
@@ -411,6 +413,7 @@ HELP = '''plasticity: train a network that is measured, and may change, while it
   plasticity growth=loss model.hidden_sizes=[8,8]   a network that grows when its loss stands still
   plasticity +preset=mlp-mnist                      a whole line under one name: here, cloning
   plasticity model=gpt dataset=text data.path=my.txt  a language model of a text; then: plasticity-chat outputs/RUN
+  plasticity model=vae dataset=mnist                an autoencoder that finds its size, and its pictures
   plasticity model=vit dataset=cifar10 dryrun=true  one short epoch, to see that it works
 
 Choices: '''
@@ -591,7 +594,7 @@ def _expand(words):
         tree |= {k: v for k, v in _json(Path(run)/'config.json', 'resume').items() if k != 'resume'}
         if not (Path(run)/'checkpoint.json').exists(): raise ConfigError(f'resume: no checkpoint in {run}')
         words.append(f'hydra.run.dir={run}')
-    words = _language(words, tree)
+    words = _autoencoder(_language(words, tree), tree)
     chosen = {w.partition('=')[0] for w in words}
     tree = {k: v for k, v in tree.items() if k not in chosen}
     return as_words(tree) + words
@@ -605,6 +608,12 @@ def _language(words, tree):
     if said.get('model') != 'gpt' and said.get('dataset') != 'text': return words
     given = {*said, *tree, *(f'{k}.{o}' for k, v in tree.items() if isinstance(v, dict) for o in v)}
     return [f'{k}={v}' for k, v in LANGUAGE.items() if k not in given] + words
+
+def _autoencoder(words, tree):
+    "`model=vae` is trained without labels, where nothing else is said"
+    said = {k: v for k, _, v in (w.partition('=') for w in words)}
+    made = said.get('model', (tree.get('model') or {}).get('name'))
+    return ['training=vae', *words] if made == 'vae' and 'training' not in {*said, *tree} else words
 
 def _import(path):
     "Run a reader's file, so that it can register things"

@@ -33,7 +33,7 @@ def sheet(
         left = max((.09*len(l) + .1 for l in labels), default=0)
         fig = need('matplotlib.figure').Figure(figsize=(inches*c + left, inches*r*h/w))
         ax = fig.add_axes((left/(inches*c + left), 0, inches*c/(inches*c + left), 1))
-        ax.imshow(tiles if k == 3 else tiles.mean(2), cmap='gray_r', vmin=0, vmax=1, interpolation='nearest')
+        ax.imshow((tiles if k == 3 else tiles.mean(2)).numpy(), cmap='gray_r', vmin=0, vmax=1, interpolation='nearest')
         ax.axis('off')
         for i, l in enumerate(labels): ax.text(-2, (i + .5)*(h + 2), l, ha='right', va='center', fontsize=8)
     fig._repr_png_ = lambda: png(fig)
@@ -125,7 +125,7 @@ def plot_map(
         cmap = need('matplotlib').colormaps['tab10']
         for c in sorted(set(y.tolist())):
             here = at[y.cpu() == c]
-            a.scatter(*here.T, s=9, color=cmap(c % 10), alpha=.45, linewidth=0)
+            a.scatter(*here.T.numpy(), s=9, color=cmap(c % 10), alpha=.45, linewidth=0)
             a.text(*here.median(0).values.tolist(), str(c), fontsize=12, weight='bold', color=cmap(c % 10), ha='center', va='center')
         a.set(xlabel='first direction', ylabel='second direction')
     return fig

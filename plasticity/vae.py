@@ -290,7 +290,7 @@ def vae_trainer(
 @register_model('vae')
 def vae(
     in_shape, # (channels, height, width)
-    num_classes=None, # not used
+    num_classes, # not used
     channels=(32, 64, 64), # of the encoder's stages, the decoder's backwards
     latent_dim:int=16, # at the start
     likelihood:str=None, # 'bernoulli' or 'gaussian'; by the image's channels if None

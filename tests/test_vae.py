@@ -302,3 +302,26 @@ def test_any_trainer_takes_it():
     t = Trainer(m, pictures(get_data('digits').subset(128, 64)), loss=m.loss, batch_size=32, device='cpu').fit(1)
     assert 'accuracy' not in t.history[-1] and math.isfinite(t.history[-1]['loss'])
     assert copy.deepcopy(m).latent_dim == 3
+
+# --- the command line
+
+def test_command_line(tmp_path, monkeypatch):
+    from plasticity.experiments import read_run, run_line
+    monkeypatch.chdir(tmp_path)
+    folder = run_line('model=vae', 'model.channels=[4,6]', 'model.latent_dim=3', 'training.epochs=3', 'training.grow_every=10',
+                      'device=cpu', 'training.grow_threshold=-1', 'training.cooldown=10', 'training.prune_threshold=-1',
+                      'logging.progress=false')
+    config, history, layers = read_run(folder)
+    assert config['training']['name'] == 'vae' and config['dataset']['name'] == 'digits'
+    assert any('WidenLatent' in r.get('edit', '') for r in history) and [r['elbo'] for r in history if 'elbo' in r][-1] < 0
+    assert {p.name for p in folder.glob('*.png')} == {'samples.png', 'reconstructions.png', 'traversals.png', 'costs.png'}
+    assert (folder/'report.html').exists() and layers
+    on = run_line(f'resume={folder}')
+    assert on == folder
+    dry = run_line('model=vae', 'dataset=digits', 'dryrun=true', 'device=cpu', 'logging.progress=false')
+    assert (dry/'samples.png').exists()
+
+def test_training_vae_takes_a_vae(tmp_path, monkeypatch):
+    from plasticity.experiments import ConfigError, run_line
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, ValueError), match='model=vae'): run_line('model=mlp', 'training=vae', 'dryrun=true', 'device=cpu')
