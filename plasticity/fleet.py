@@ -21,6 +21,7 @@ from .edits import replay
 from .models import make_model
 from .results import method, pick_device
 from .training import Callback, Trainer
+from .trial import _older
 
 # %% ../nbs/09a_fleet.ipynb #7798c903
 class Orders:
@@ -235,12 +236,18 @@ def products(
     how:str # 'tf32' or 'ieee'
 ):
     "Within, a GPU computes float32 products like this, and convolutions deterministically"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    old = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
-    matmul.fp32_precision = cudnn.conv.fp32_precision = how
-    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn, kinds = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    kept, newer = (cudnn.deterministic, cudnn.benchmark), [k.fp32_precision for k in kinds]
+    matmul, convs = _older(torch.get_float32_matmul_precision), _older(lambda: cudnn.allow_tf32) # a mixture of settings cannot be asked for
+    torch.set_float32_matmul_precision('high' if how == 'tf32' else 'highest')
+    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = how == 'tf32', True, False
     try: yield
-    finally: matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = old
+    finally:
+        cudnn.deterministic, cudnn.benchmark = kept
+        if matmul is not None: torch.set_float32_matmul_precision(matmul)
+        if convs is not None: cudnn.allow_tf32 = convs
+        if matmul is None or convs is None:
+            for k, v in zip(kinds, newer, strict=True): k.fp32_precision = v
 
 # %% ../nbs/09a_fleet.ipynb #66219fc8
 class Watch(Callback):

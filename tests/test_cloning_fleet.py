@@ -182,3 +182,10 @@ def test_race_on_a_gpu(name, precision):
     for r in out['rows']:
         assert r['start'] < 1e-4 and r['r2'][0] > 1 - 1e-5 and (r['clone_r2'] > 1 - 1e-5) == (r['arm'] == 'sgd'), r
         assert len(set(r['clone_losses'])) > 1
+
+def test_products_leaves_no_mixed_settings():
+    "PyTorch raises when it is asked for TF32 and cuDNN's kinds differ"
+    for how in ('tf32', 'ieee'):
+        before = torch.backends.cudnn.allow_tf32
+        with products(how): assert torch.backends.cudnn.allow_tf32 == (how == 'tf32')
+        assert torch.backends.cudnn.allow_tf32 == before
