@@ -195,7 +195,9 @@ def register_model(
     "Decorator that puts a class or function (in_shape, num_classes, **options) -> nn.Module into `MODELS`"
     def add(fn):
         old = MODELS.get(name)
-        if old is not None and (old.__module__, old.__qualname__) != (fn.__module__, fn.__qualname__):
+        again = old is not None and old.__qualname__ == fn.__qualname__ and (
+            old.__module__ == fn.__module__ or '__main__' in (old.__module__, fn.__module__)) # a page defines its own a second time
+        if old is not None and not again:
             raise ValueError(f'name: {name!r} is taken by {old.__module__}.{old.__qualname__}')
         MODELS[name] = fn
         return fn

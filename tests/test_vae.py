@@ -325,3 +325,14 @@ def test_training_vae_takes_a_vae(tmp_path, monkeypatch):
     from plasticity.experiments import ConfigError, run_line
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ConfigError, ValueError), match='model=vae'): run_line('model=mlp', 'training=vae', 'dryrun=true', 'device=cpu')
+
+def test_a_page_that_defines_a_model_again_is_no_clash():
+    from plasticity.models import MODELS, register_model
+    was = MODELS['vae']
+    def vae(in_shape, num_classes): "As chapter 19 defines it"
+    vae.__module__, vae.__qualname__ = '__main__', 'vae'
+    try:
+        register_model('vae')(vae); register_model('vae')(was)
+        def other(in_shape, num_classes): "Another one"
+        with pytest.raises(ValueError, match='is taken'): register_model('vae')(other)
+    finally: MODELS['vae'] = was
