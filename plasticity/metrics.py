@@ -144,7 +144,9 @@ def _scatter(s):
     "Centred sum of products (..., units, units)"
     if isinstance(s, Rows): return s._once('scatter', lambda: s.centred.mT @ s.centred)
     g, m = _state_gram(s), s.sum if s.gram_units is None else s.sum[..., s.gram_units]
-    return g - m[..., :, None] * m[..., None, :] / s.n
+    c = g - m[..., :, None] * m[..., None, :] / s.n
+    varies = c.diagonal(dim1=-2, dim2=-1) > 1e-13 * g.diagonal(dim1=-2, dim2=-1) # less is what rounding leaves of a constant
+    return c * (varies[..., :, None] & varies[..., None, :])
 
 def _state_gram(s):
     "The Gram matrix of a state, if it kept one"
@@ -158,9 +160,9 @@ def _similarity(s, centred):
         z = x / x.norm(dim=-2, keepdim=True).clamp(min=1e-300)
         for b in range(0, s.units, 1024): yield b, z[..., b:b+1024].mT @ z
         return
-    c, g = _scatter(s) if centred else _state_gram(s), s.gram.diagonal(dim1=-2, dim2=-1)
+    c = _scatter(s) if centred else _state_gram(s)
     v = c.diagonal(dim1=-2, dim2=-1)
-    r = torch.where(v > 1e-13 * g, v.clamp(min=1e-300).rsqrt(), 0.)
+    r = torch.where(v > 0, v.clamp(min=1e-300).rsqrt(), 0.)
     yield 0, c * r[..., :, None] * r[..., None, :]
 
 # %% ../nbs/05_metrics.ipynb #5629754c
