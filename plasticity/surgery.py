@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'OPS', 'KEPT', 'moments', 'Slot', 'Surgeon', 'fitting', 'slots', 'states', 'say', 'take', 'put', 'write',
-           'scale', 'unscale', 'newcomers', 'store', 'mark', 'rollback', 'run', 'operation', 'kept_sizes', 'keep_sizes']
+           'scale', 'unscale', 'newcomers', 'aging', 'settle', 'remember_ages', 'store', 'mark', 'rollback', 'run',
+           'operation', 'kept_sizes', 'keep_sizes']
 
 # %% ../nbs/07c_surgery.ipynb #06604d03
 import warnings
@@ -12,17 +13,17 @@ import warnings
 import torch
 from torch import nn
 
+from .ages import OLD, drop_ages, give_ages
 from .results import did_you_mean, method
 from .tensors import find, held, no_waiting_graph, owner, set_data, unwrapped # noqa: F401 this page's names too
 
 # %% ../nbs/07c_surgery.ipynb #7959cd2b
-_ADAM = dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'peak'), max_exp_avg_sq=(2, 'peak'))
+_ADAM = dict(exp_avg=(1, 'age'), exp_avg_sq=(2, 'age'), max_exp_avg_sq=(2, 'zero'))
 MOMENTS = dict( # optimizer -> state -> (power of the outgoing share, what a unit without a past gets)
     SGD=dict(momentum_buffer=(1, 'zero')), Muon=dict(momentum_buffer=(1, 'zero')),
-    Adam=_ADAM, AdamW=_ADAM, SparseAdam=_ADAM, NAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 4.)), Adamax=dict(exp_avg=(1, 'zero'),
-                                                                                                                exp_inf=(1, 'peak')),
-    RAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'crawl')),
-    RMSprop=dict(square_avg=(2, 'peak'), grad_avg=(1, 'zero'), momentum_buffer=(0, 'zero')),
+    Adam=_ADAM, AdamW=_ADAM, NAdam=_ADAM, Adamax=dict(exp_avg=(1, 'age'), exp_inf=(1, 'zero')),
+    SparseAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'peak')), RAdam=dict(exp_avg=(1, 'zero'), exp_avg_sq=(2, 'crawl')),
+    RMSprop=dict(square_avg=(2, 'age'), grad_avg=(1, 'zero'), momentum_buffer=(0, 'zero')),
     Adagrad=dict(sum=(2, 'initial_accumulator_value')), Adadelta=dict(square_avg=(2, 'zero'), acc_delta=(0, 'zero')),
     Rprop=dict(prev=(1, 'zero'), step_size=(0, 'like')), ASGD=dict(ax=('value', 'like')),
     Adafactor=dict(row_var=(2, 'peak'), col_var=(2, 'peak'), variance=(2, 'peak')))
@@ -41,7 +42,7 @@ class Slot:
         tensor, # what it holds now
         put, # function that stores a new tensor there
         power=0, # of the outgoing share, 'value' for what is scaled like weights
-        fresh='zero', # what a unit without a past gets: 'zero', 'like', 'peak', 'crawl', a multiple of the peak, a setting's name
+        fresh='zero', # what a unit without a past gets: 'zero', 'age' (zero, and young), 'like', 'peak', 'crawl', a setting's name
         settings=None, # the parameter group
         param=None, # the parameter itself, for its values
     ):
@@ -123,7 +124,8 @@ def states(self, optimizer, t, prefix):
         if isinstance(v, torch.Tensor) and v.dim() == 0: continue
         fits = isinstance(v, torch.Tensor) and v.dim() == t.dim() and all(a in (1, b) for a, b in zip(v.shape, t.shape, strict=True))
         if rules is None or not fits: self.say(optimizer, k, v, fits)
-        if fits: out.append(Slot(prefix + k, v, lambda new, k=k: state.__setitem__(k, new), *(rules or {}).get(k, (0, 'like')), settings))
+        power, fresh = (rules or {}).get(k, (0, 'zero' if k == 'age' else 'like'))
+        if fits: out.append(Slot(prefix + k, v, lambda new, k=k: state.__setitem__(k, new), power, fresh, settings))
     return out
 
 @method(Surgeon)
@@ -198,8 +200,8 @@ def newcomers(
 ):
     "`t` with the entries of units without a past"
     if rule == 'like' or t.shape[dim] == 1: return t
-    if rule == 'zero': return write(t, dim, at, 0.)
-    if isinstance(rule, str) and rule not in ('peak', 'crawl'): return write(t, dim, at, float((settings or {})[rule]))
+    if rule in ('zero', 'age'): return write(t, dim, at, 0.)
+    if rule not in ('peak', 'crawl'): return write(t, dim, at, float((settings or {})[rule]))
     old = torch.ones(t.shape[dim], dtype=torch.bool); old[at.cpu()] = False
     old = old.nonzero()[:, 0] if old.any() else torch.arange(t.shape[dim])
     past = take(t, dim, old)
@@ -207,7 +209,34 @@ def newcomers(
     peak = past.amax(dim, keepdim=True)
     peak = torch.where(peak > 0, peak, past.amax())
     if rule == 'crawl': peak = peak * (.25 / peak.clamp(min=.0025)).clamp(min=1)
-    return write(t, dim, at, peak * rule if isinstance(rule, float) else peak)
+    return write(t, dim, at, peak)
+
+@method(Surgeon)
+def aging(self, tensor):
+    "Let the entries of a parameter have ages, in every optimizer that knows them"
+    t = find(self.model, tensor)
+    for o in self.optimizers:
+        self.remember_ages(o, t)
+        give_ages(o, t)
+
+@method(Surgeon)
+def settle(self, tensor):
+    "No ages where all entries are old"
+    t = find(self.model, tensor)
+    for o in self.optimizers:
+        if 'age' in o.state.get(t, ()): self.remember_ages(o, t); drop_ages(o, t)
+
+@method(Surgeon)
+def remember_ages(self, optimizer, t):
+    "Note for `rollback` which ages there are"
+    age, left = optimizer.state.get(t, {}).get('age'), [g.get('young') for g in optimizer.param_groups]
+    def back():
+        if age is not None: optimizer.state[t]['age'] = age
+        elif 'age' in optimizer.state.get(t, ()): del optimizer.state[t]['age']
+        for g, n in zip(optimizer.param_groups, left, strict=True):
+            if n is None: g.pop('young', None)
+            else: g['young'] = n
+    self.journal.append(back)
 
 # %% ../nbs/07c_surgery.ipynb #fbc5dd20
 @method(Surgeon)
@@ -260,24 +289,27 @@ def _take(self, tensor, dim, order):
     first[order.flip(0).cpu()] = torch.arange(len(order)).flip(0)
     lost, there = (first < 0).nonzero()[:, 0], order.to(slots[0].tensor.device)
     values = {s.path: take(s.tensor, dim, lost) for s in slots if s.path != 'grad'} if len(lost) else {}
-    self.store(slots, [take(s.tensor, dim, there) for s in slots])
+    self.store(slots, [take(s.tensor, dim, there) for s in slots]); self.settle(tensor)
     back = [dict(op='take', tensor=tensor, dim=dim, order=first[first >= 0])]
     return ([dict(op='put', tensor=tensor, dim=dim, at=lost, values=values)] if len(lost) else []) + back
 
 @operation
 def _put(self, tensor, dim, at, values):
+    if any(s.fresh == 'age' and s.path not in values for s in self.slots(tensor)): self.aging(tensor)
     slots = self.slots(tensor)
     size = slots[0].tensor.shape[dim]
     slots = _fits(slots, dim, size)
-    news = [put(s.tensor, dim, at, values[s.path] if s.path in values else _no_past(s, dim, at)) for s in slots]
-    self.store(slots, news)
+    known = {s.path.rpartition('.')[0] for s in slots if s.fresh == 'age' and s.path in values} # their averages come back with them
+    news = [put(s.tensor, dim, at, values[s.path] if s.path in values else _no_past(s, dim, at, known)) for s in slots]
+    self.store(slots, news); self.settle(tensor)
     rest = torch.ones(size + len(at), dtype=torch.bool); rest[at.cpu()] = False
     return [dict(op='take', tensor=tensor, dim=dim, order=rest.nonzero()[:, 0])]
 
-def _no_past(slot, dim, at):
+def _no_past(slot, dim, at, known=()):
     "Entries for a slot that did not exist when its values were put aside"
     t = slot.tensor
     empty = t.new_zeros([len(at) if i == dim else s for i, s in enumerate(t.shape)])
+    if slot.path.endswith('.age') and slot.path[:-4] in known: return empty + OLD
     if not t.shape[dim]: return empty
     both = newcomers(torch.cat([t, empty], dim), dim, torch.arange(t.shape[dim], t.shape[dim] + len(at)), slot.fresh, slot.settings)
     return both.narrow(dim, t.shape[dim], len(at))
@@ -321,15 +353,18 @@ def _write(self, tensor, dim, at, value=None, values=None, new=False):
     slots = [s for s in slots if (s.path in values if values is not None else s.power == 'value')]
     old = {} if new else _aside(slots, dim, at)
     self.store(slots, [write(s.tensor, dim, at, value if values is None else values[s.path]) for s in slots])
+    if values is not None: self.settle(tensor)
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
 @operation
 def _fresh(self, tensor, dim, at, rule=None, new=False, values=None):
+    if rule in (None, 'age'): self.aging(tensor)
     slots = [s for s in _fits(self.slots(tensor), dim, find(self.model, tensor).shape[dim]) if s.power != 'value']
     grad = next((s.tensor for s in slots if s.path == 'grad'), None)
     old, news = {} if new else _aside(slots, dim, at), []
     for s in slots:
         known = (values or {}).get(s.path)
+        if known is None and rule and s.path.endswith('.age'): known = 0. if rule == 'age' else OLD
         news.append(newcomers(s.tensor, dim, at, rule or s.fresh, s.settings, grad) if known is None else write(s.tensor, dim, at, known))
     self.extra = dict(values={s.path: take(v, dim, at) for s, v in zip(slots, news, strict=True) if s.path != 'grad'
                               and s.tensor.shape[dim] > 1})

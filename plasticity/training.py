@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .ages import ripen # noqa: F401 a resumed optimizer may hold newcomers
 from .results import Table, did_you_mean, method, pick_device, random_state, seeded, set_random_state, write_atomic
 
 # %% ../nbs/03_training.ipynb #e7c3462f
