@@ -342,10 +342,11 @@ def fitted(self, trainer, action, x, y):
         s.flops_budget is None or self.spent + self.rate*self.left(trainer) <= s.flops_budget)
     while True:
         mark = net.remember()
-        perform(net, action if n is None else action | dict(num_neurons=n), s.start, (x, y), trainer.loss_fn)
+        record = perform(net, action if n is None else action | dict(num_neurons=n), s.start, (x, y), trainer.loss_fn)
         self.rate = self.flops(trainer)
         if net.get_num_parameters() <= before or fits():
             net.settle()
+            if record is not None: trainer.call('after_edit', record)
             return net.events[-1]
         size = net.get_num_parameters() - before
         net.undo(mark)

@@ -263,14 +263,17 @@ def carry_out(self,
         if isinstance(model, Expandable):
             mark = model.remember()
             try:
-                for e in edits: model.change(e, dict(type=type(e).__name__.lower()))
+                records = [model.change(e, dict(type=type(e).__name__.lower())) for e in edits]
             except EditError: model.undo(mark); raise
             model.settle()
         else:
             with edit(model, trainer.optimizer, trainer.x[:2], followers(trainer)) as session:
                 for e in edits: session.do(e)
+            records = [session.record]
     except EditError as error: event['refused'] = f'{type(error).__name__}: {error}'
-    else: self.schedule.note(trainer.step, self.samples)
+    else:
+        self.schedule.note(trainer.step, self.samples)
+        for r in records: trainer.call('after_edit', r)
     self.events.append(event)
     trainer.log(edit=said(event))
     for c in trainer.callbacks: getattr(c, 'renewed', lambda: None)()
