@@ -133,7 +133,7 @@ def twin(net, opt):
 
 # ---- what an edit has to give, worked out by hand
 
-POWER = dict(momentum_buffer=1, exp_avg=1, exp_avg_sq=2, max_exp_avg_sq=2, sum=2, square_avg=2, grad_avg=1, grad=1)
+POWER = dict(age=0, momentum_buffer=1, exp_avg=1, exp_avg_sq=2, max_exp_avg_sq=2, sum=2, square_avg=2, grad_avg=1, grad=1)
 
 def behind(g, new, split):
     "(unit that each unit was, which copy, share), for copies that stand right behind their unit"

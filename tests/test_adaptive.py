@@ -196,12 +196,14 @@ def test_any_sequence_of_changes_holds_together(changes, skip):
 
 def test_parity_from_a_random_start_is_solved_by_growth():
     d = get_data('parity', bits=4)
-    def run(callbacks):
-        t = Trainer(AdaptiveMLP(4, 2, (2,), seed=1), d, batch_size=16, device='cpu', lr=.02, eval_every=0, callbacks=callbacks)
+    def run(seed, callbacks):
+        t = Trainer(AdaptiveMLP(4, 2, (2,), seed=seed), d, batch_size=16, device='cpu', lr=.02, eval_every=0, callbacks=callbacks)
         return t.fit(1500)
-    fixed, grown = run([]), run([FullLayers(Schedule(50), of='units', max_width=40, solved=.01)])
-    assert fixed.evaluate()['accuracy'] < 1 and grown.evaluate()['accuracy'] == 1.
-    assert grown.model.get_layer_sizes()[0] > 2
+    for seed in range(3):
+        fixed = run(seed, [])
+        grown = run(seed, [IdleUnits(Schedule(50)), FullLayers(Schedule(50), of='units', max_width=40, solved=.01)])
+        assert fixed.evaluate()['accuracy'] < 1 and grown.evaluate()['accuracy'] == 1.
+        assert grown.model.get_layer_sizes()[0] > 2
 
 @pytest.mark.parametrize('words', [['dataset=parity', 'task.bits=16'], ['dataset=digits', 'training.epochs=2'],
                                    ['dataset=digits', 'model=cnn', 'model.channels=[4,4]', 'model.hidden_sizes=[8]', 'training.epochs=1']])
