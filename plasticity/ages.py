@@ -86,7 +86,8 @@ def _left(beta, state, more, divides):
     "1 - beta**t of the next step or of the last one"
     if not divides: return 1.
     t = state['step']
-    return 1 - beta**(t + more) if isinstance(t, torch.Tensor) and t.device.type != 'cpu' else 1 - beta**(float(t) + more)
+    if not isinstance(t, torch.Tensor) or t.device.type == 'cpu': return 1 - beta**(float(t) + more)
+    return 1 - beta**((t if t.device.type == 'mps' else t.double()) + more)
 
 def _older(optimizer, group, params):
     states, (grads, go) = [optimizer.state[p] for p in params], _gradients(optimizer, group, params)

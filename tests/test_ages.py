@@ -96,3 +96,26 @@ def test_a_fused_step_that_is_skipped_changes_nothing():
     opt.found_inf.zero_(); w.grad.mul_(4)
     ripen(opt, (opt,), {})
     assert opt.state[w]['age'].tolist() == [1, OLD, OLD]
+
+def test_a_counter_on_the_device(monkeypatch):
+    "Where the optimizer's counter is a tensor that must not be read, the coefficients are tensors too"
+    from plasticity import ages
+    left = ages._left
+    monkeypatch.setattr(ages, '_left', lambda *a: torch.tensor(left(*a), dtype=torch.float64))
+    late(lambda p: A(p, lr=.01), 7)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('how', [dict(fused=True), dict(capturable=True), dict(foreach=True), dict(foreach=False)])
+def test_on_a_gpu(how):
+    torch.manual_seed(0)
+    w, twin = (torch.zeros(4, 3, device='cuda', requires_grad=True) for _ in range(2))
+    opt, other = A([w], lr=.01, **how), A([twin], lr=.01, **how)
+    for _ in range(50): w.grad = torch.randn_like(w); twin.grad = w.grad.clone(); opt.step(); other.step()
+    give_ages(opt, w)
+    for k in ('age', 'exp_avg', 'exp_avg_sq'): opt.state[w][k][1] = 0
+    alone = w[1:2].detach().clone().requires_grad_(); fresh = A([alone], lr=.01, **how)
+    for _ in range(20):
+        w.grad = torch.randn_like(w); twin.grad, alone.grad = w.grad.clone(), w.grad[1:2].clone()
+        with torch.cuda.device(0): torch.cuda.set_sync_debug_mode('error'); opt.step(); torch.cuda.set_sync_debug_mode('default')
+        other.step(); fresh.step()
+    assert (w[1] - alone[0]).abs().max() < 1e-5 and torch.equal(w[[0, 2, 3]], twin[[0, 2, 3]])
