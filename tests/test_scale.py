@@ -1,5 +1,5 @@
 "Several ranks against one process; death and return; what is refused. Every wait has an end."
-import math
+import math, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from plasticity.models import make_model
 from plasticity.monitors import SUMS, Monitor
 from plasticity.policies import Growth
 from plasticity.remedies import ReDo
-from plasticity.scale import Distributed, join, on_ranks
+from plasticity.scale import Distributed, free_port, join, on_ranks, watchers
 from plasticity.schedules import Averages, Scheduled
 from plasticity.snapshots import SnapshotManager
-from plasticity.training import Callback, Checkpoint, Trainer
+from plasticity.training import Callback, Checkpoint, Trainer, load_state
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,3 +220,97 @@ class EditHeads(Callback):
 def test_transformer():
     got, one = on_ranks(text_run, timeout=WAIT), text_run()
     for s in got: assert gap(got[s], one[s]) < 1e-6
+
+class Dies(Callback):
+    "Rank 1 is killed in the middle of an epoch"
+    order = 200
+    def after_step(self, t):
+        if t.step == 11 and join('cpu').rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(folder, dies, resume=False, strategy='ddp'):
+    model = make_model('mlp', DATA.shape, 10, hidden_sizes=(16, 12), seed=0)
+    d = Distributed(strategy, device='cpu', timeout=WAIT)
+    monitor, extra = Monitor(model, every=3), [Dies()] if dies else [Callback()]
+    t = Trainer(model, DATA, lr=3e-3, batch_size=32, device='cpu', callbacks=[d, monitor, Checkpoint(folder, every=2), *extra])
+    if dies: extra[0].__class__.__name__ = 'Callback'
+    if resume: t.load(folder)
+    at = t.step
+    t.fit(None if resume else 3)
+    return at, rows(t), weights(t), {k: s.n for k, s in monitor.stats.items()}
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_killed_rank_and_resume(tmp_path, strategy):
+    "What a dead rank leaves is a checkpoint that one process, two or three go on from, to the losses of a run that never stopped"
+    _, whole_rows, whole_weights, n = dying(str(tmp_path/'whole'), False)
+    with pytest.raises(RuntimeError, match='rank 1 ended with exit status -9; rank 0'):
+        on_ranks(dying, str(tmp_path/'run'), True, False, strategy, timeout=WAIT)
+    for ranks in (1, 2, 3) if strategy == 'ddp' else (2,):
+        import shutil
+        shutil.copytree(tmp_path/'run', tmp_path/f'copy{ranks}')
+        args = dying, str(tmp_path/f'copy{ranks}'), False, True, strategy
+        at, got, w, seen = on_ranks(*args, ranks=ranks, timeout=WAIT)
+        assert at == 10 and gap(got, whole_rows) < 1e-6 and seen == n
+        for k, v in whole_weights.items(): assert apart(w[k], v) < 1e-5
+
+SCRIPT = '''
+import sys, torch
+torch.set_num_threads(1)
+from plasticity.data import get_data
+from plasticity.models import make_model
+from plasticity.scale import Distributed, free_port, join, on_ranks, watchers
+from plasticity.training import Checkpoint, Trainer
+data = get_data('digits').subset(train=203, test=101)
+model = make_model('mlp', data.shape, 10, hidden_sizes=(16, 12), seed=0)
+t = Trainer(model, data, lr=3e-3, batch_size=32, device='cpu', callbacks=[Distributed(device='cpu', timeout=60), Checkpoint(sys.argv[1])])
+t.fit(2)
+'''
+
+def test_torchrun(tmp_path):
+    "The same script on one process and under torchrun"
+    (tmp_path/'script.py').write_text(SCRIPT)
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME='lo')
+    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port())]
+    done = subprocess.run([*run, str(tmp_path/'script.py'), str(tmp_path/'out')], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = load_state(tmp_path/'out')
+    assert gap(got['history'], rows(trained())) < 1e-6 and got['counters']['step'] == 14
+
+@pytest.mark.parametrize('names, options, message', [
+    (dict(strategy='fsdp'), {}, r"strategy: got 'fsdp'; did you mean 'fsdp2'"),
+    (dict(sync_batchnorm=True), {}, 'sync_batchnorm: got True on the CPU'),
+    (dict(strategy='fsdp2'), dict(callbacks=[Growth('gradient')]), "strategy: got 'fsdp2', but Growth looks at gradients"),
+    ({}, dict(compile=True), 'compile: got True')])
+def test_refused(names, options, message):
+    def go():
+        callbacks = options.pop('callbacks', ())
+        Trainer(make_model('mlp', DATA.shape, 10, hidden_sizes=(8,)), DATA, device='cpu',
+                callbacks=[Distributed(device='cpu', timeout=WAIT, **names), *callbacks], **options).fit(1)
+    with pytest.raises(RuntimeError, match=message): on_ranks(go, timeout=WAIT)
+
+def test_waits_end():
+    def late():
+        if join('cpu', timeout=5).rank: time.sleep(60)
+        dist.barrier()
+    start = time.monotonic()
+    with pytest.raises((RuntimeError, TimeoutError)): on_ranks(late, timeout=8)
+    assert time.monotonic() - start < 12
+    with pytest.raises(RuntimeError, match='rank 1 failed(.|\n)*ValueError: wrong'):
+        on_ranks(lambda: (_ for _ in ()).throw(ValueError('wrong')) if os.environ['RANK'] == '1' else time.sleep(9), timeout=20)
+
+def test_alone_it_does_nothing():
+    "On one process the callback changes no bit"
+    model = make_model('mlp', DATA.shape, 10, hidden_sizes=(16, 12), seed=0)
+    a, b = trained(), Trainer(model, DATA, lr=3e-3, batch_size=32, device='cpu').fit(2)
+    assert weights(a) == weights(b) and rows(a) == rows(b)
+
+def test_after_the_fit():
+    "The trainer is as it was: whole model, own methods, edits by itself"
+    def go():
+        t = trained(epochs=1, strategy='fsdp2')
+        assert t.forward is t.model and 'call' not in vars(t) and type(t.model).__name__ == 'MLP'
+        kinds = {type(p).__name__ for p in t.model.parameters()}
+        Widen('layers.0.linear', 2).apply(t.model, t.optimizer, t.x[:2])
+        t.fit(1)
+        return sorted(kinds), t.evaluate()['loss'], len(watchers(t.callbacks)), t.step
+    kinds, loss, n, step = on_ranks(go, timeout=WAIT)
+    assert kinds == ['Parameter'] and math.isfinite(loss) and n == 0 and step == 14
