@@ -21,7 +21,12 @@ def link_layers(surgeon, path):
         raise TypeError(f'layer: {path!r} is a {type(layers[0]).__name__}; takes an nn.Linear or a layer with connect and disconnect')
     return layers, own
 
-def _relinked(surgeon, path, change, values=None, kept=None):
+def _form(surgeon, path):
+    "For layers that keep their links in two forms: in which they do now"
+    layer = surgeon.modules(path)[0]
+    return dict(full=layer.full) if hasattr(layer, 'full') else {}
+
+def _relinked(surgeon, path, change, kept=None):
     "Let the layers change their links, and take along what follows; gives what removed links had"
     layers, _ = link_layers(surgeon, path)
     prefix = f'{path}.' if path else ''
@@ -41,33 +46,37 @@ def _relinked(surgeon, path, change, values=None, kept=None):
         lost[n] = {s.path: s.tensor[gone.to(s.tensor.device)] for s in slots[n] if s.path != 'grad'}
         moving = [s for s in slots[n] if s.path == 'grad' or s.path.startswith('state') or s.path in (kept or {}).get(n, {})
                   or (s.path.startswith('ema') and isinstance(surgeon.ema[int(s.path[3:])], dict))]
-        news = [(s, _reordered(s, order, (kept or {}).get(n, {}).get(s.path), values)) for s in moving]
+        now = layers[0]._parameters[n].data
+        news = [(s, _reordered(s, order, (kept or {}).get(n, {}).get(s.path), now)) for s in moving]
         for s, v in news: # `back` puts the old gradient back, once the links it fits are there
             if s.path == 'grad': s.put(v)
         rest = [(s, v) for s, v in news if s.path != 'grad']
         surgeon.store([s for s, _ in rest], [v for _, v in rest])
     return lost
 
-def _reordered(slot, order, kept, values):
+def _reordered(slot, order, kept, now):
     "A slot's entries after links came and went"
     t, at = slot.tensor, (order < 0).nonzero()[:, 0]
     new = t[order.clamp(min=0).to(t.device)] if len(t) else t.new_zeros((len(order), *t.shape[1:]))
     if not len(at): return new
     if kept is not None: return write(new, 0, at, kept)
-    if slot.power == 'value': return write(new, 0, at, values if values is not None and slot.path.startswith('ema') else 0.)
+    if slot.power == 'value': return write(new, 0, at, now[at.to(now.device)].to(new) if slot.path.startswith('ema') else 0.)
     return newcomers(new, 0, at, slot.fresh, slot.settings)
 
 # %% ../nbs/07g_links.ipynb #8ed8be4a
 @operation
-def _connect(self, layer, rows, cols, values, kept=None):
-    _relinked(self, layer, lambda m: m.connect(rows, cols, values), values, kept)
-    return [dict(op='disconnect', layer=layer, rows=rows, cols=cols)]
+def _connect(self, layer, rows, cols, values, kept=None, **form):
+    was = _form(self, layer)
+    _relinked(self, layer, lambda m: m.connect(rows, cols, values, **form), kept)
+    return [dict(op='disconnect', layer=layer, rows=rows, cols=cols, **was)]
 
 @operation
-def _disconnect(self, layer, rows, cols):
-    lost = _relinked(self, layer, lambda m: m.disconnect(rows, cols))
-    values = next((v['value'] for v in lost.values()), torch.zeros(len(rows)))
-    return [dict(op='connect', layer=layer, rows=rows, cols=cols, values=values, kept=lost)]
+def _disconnect(self, layer, rows, cols, **form):
+    was = _form(self, layer)
+    lost = _relinked(self, layer, lambda m: m.disconnect(rows, cols, **form))
+    values = next((v['value'] for v in lost.values()), torch.zeros(0))
+    if len(values) != len(rows): values = torch.zeros(len(rows)) # the form has changed too: `lost` has all that `values` is to hold
+    return [dict(op='connect', layer=layer, rows=rows, cols=cols, values=values, kept=lost, **was)]
 
 @operation
 def _entries(self, tensor, rows, cols, value=None, values=None):

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .results import did_you_mean, generator, method
 from .sessions import Edit, Plan
-from .sparse import SparseLinear, _pointers, bag, blocks, link_scale, random_places, sampled, turned
+from .sparse import SparseLinear, _pointers, bag, blocks, cleared, link_scale, random_places, sampled, turned
 from .surgery import operation
 from .tensors import set_data
 
@@ -133,7 +133,7 @@ def _sum(self, h, j, b, before):
     z = None
     for i in range(max(0, j - REACH), j):
         m = self.links[f'{i}_{j}']
-        if m.n_links and m.full and i == j - 1 and z is None and not m._forward_hooks: z, b = F.linear(h[i], m.weight(), b), None
+        if m.n_links and m.full and i == j - 1 and z is None and not m._forward_hooks: z, b = F.linear(h[i], m.weight(True), b), None
         elif m.n_links: z = _plus(z, m(h[i]))
     back = f'{j + 1}_{j}'
     if before is not None and back in self.memory and self.memory[back].n_links: z = _plus(z, self.memory[back](before[j + 1]))
@@ -143,26 +143,59 @@ def _sum(self, h, j, b, before):
 def _plus(a, b): return b if a is None else a + b
 
 # %% ../nbs/13e_sparse_network.ipynb #24030347
+def _watched(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+
+def _same(m, c, n, mode):
+    "Whether a layer is as it was seen"
+    d = m.__dict__
+    return d['cache'] is c and d['n_links'] == n and d['mode'] == mode and (c is None or m._buffers['cols'] is c['cols'])
+
 @method(MinimalNetwork)
 def _program(self):
-    "The units an output depends on, and the links among them; made again when links change"
-    active = [(i, j) for i, j in self.pairs if self.links[f'{i}_{j}'].n_links]
-    index = [self.links[f'{i}_{j}'].index() for i, j in active]
+    "How the network is computed as a whole, or None"
     p = self.program
-    if p is not None and len(p['index']) == len(index) and all(a is b for a, b in zip(p['index'], index, strict=True)): return p
-    sizes, dev = self.layer_sizes, self.device
-    need = [torch.zeros(n, dtype=torch.bool, device=dev) for n in sizes]
-    need[-1][:] = True
-    for (i, j), x in sorted(zip(active, index, strict=True), key=lambda v: -v[0][1]):
-        need[i][x['cols'].long()[need[j][x['rows'].long()]]] = True
+    if p is None or not all(_same(*v) for v in p['seen']): self.program = p = self._made()
+    return None if p['kind'] is None or any(map(_watched, p['modules'])) or _has_any_global_hook() else p
+
+@method(MinimalNetwork)
+def _made(self):
+    "The program for the links there are"
+    layers = {k: self.links[f'{k[0]}_{k[1]}'] for k in self.pairs}
+    active = {k: m for k, m in layers.items() if m.n_links}
+    index = [m.index() for m in active.values()]
+    p = dict(seen=[(m, m.cache if m.n_links else None, m.n_links, m.mode) for m in layers.values()], active=list(active.values()),
+             modules=[*layers.values(), *self.acts], act=self.activation, every=all(m.full for m in active.values()), kind=None)
+    if p['every']: return p | dict(kind='matrices', layers=_clears(active, index), widths=self.layer_sizes)
+    if self.device.type != 'cpu' or any(_long(m) for m in active.values()): return p
+    return p | _listed(self.layer_sizes, list(active), index, [m.full for m in active.values()], self.at)
+
+def _long(m): return not m.full and (m.running != 'gather' or m.n_links > 2**20)
+
+# %% ../nbs/13e_sparse_network.ipynb #ae29c440
+def _clears(active, index):
+    "[(source, target, layer, what clears the gradient of its absent links)], target by target"
+    made = [(i, j, m, None if x['present'] is None else (lambda g, x=x: cleared(g.clone() if g.requires_grad else g, x)))
+            for ((i, j), m), x in zip(active.items(), index, strict=True)]
+    return sorted(made, key=lambda v: (v[1], -v[0]))
+
+def _listed(sizes, active, index, full, at):
+    "The units an output depends on, and the links among them"
+    need = _needed(sizes, active, index, any(full))
     place = [n.cumsum(0).int() - 1 for n in need]
-    parts = [_part(x, i, j, need, place) for (i, j), x in zip(active, index, strict=True)]
-    at = torch.cat([n.nonzero()[:, 0] + self.at(j).start for j, n in enumerate(need) if j])
+    parts = [dict(i=i, j=j, n=sizes[i], keep=None, index=x, full=True) if f else _part(x, i, j, need, place)
+             for (i, j), x, f in zip(active, index, full, strict=True)]
+    where = torch.cat([n.nonzero()[:, 0] + at(j).start for j, n in enumerate(need) if j])
     widths = [int(n.sum()) for n in need]
-    every = len(at) == len(self.bias)
-    self.program = dict(index=index, active=active, parts=parts, at=None if every else at, widths=widths, kind=self.activation,
-                        inputs=None if widths[0] == sizes[0] else need[0].nonzero()[:, 0])
-    return self.program
+    return dict(kind='lists', parts=parts, at=None if len(where) == sum(sizes[1:]) else where, widths=widths,
+                inputs=None if widths[0] == sizes[0] else need[0].nonzero()[:, 0], read={q['i'] for q in parts if not q['full']})
+
+def _needed(sizes, active, index, every):
+    "Which units an output depends on"
+    need = [torch.full((n,), every or j == len(sizes) - 1, dtype=torch.bool) for j, n in enumerate(sizes)]
+    if not every:
+        for (i, j), x in sorted(zip(active, index, strict=True), key=lambda v: -v[0][1]):
+            need[i][x['cols'].long()[need[j][x['rows'].long()]]] = True
+    return need
 
 def _part(x, i, j, need, place):
     "The links of one pair among the units that are needed"
@@ -171,7 +204,7 @@ def _part(x, i, j, need, place):
     rows, cols = (x[k] if keep is None else x[k][keep] for k in ('rows', 'cols'))
     rows, cols = place[j][rows.long()], place[i][cols.long()]
     ptr = _pointers(rows, int(need[j].sum()))
-    out = dict(i=i, j=j, keep=keep, n=len(kept), rows=rows, cols=cols, ptr=ptr, parts=blocks(ptr), turned=None)
+    out = dict(i=i, j=j, keep=keep, n=len(kept), rows=rows, cols=cols, ptr=ptr, parts=blocks(ptr), turned=None, full=False)
     turned(out, int(need[i].sum()))
     return out
 
@@ -184,15 +217,16 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p, bias, *values):
         x = x if p['inputs'] is None else x.index_select(1, p['inputs'])
-        b = (bias if p['at'] is None else bias.index_select(0, p['at'])).unsqueeze(1).split(p['widths'][1:])
-        h, last, held = [x.t().contiguous()], len(p['widths']) - 1, []
+        b = (bias if p['at'] is None else bias.index_select(0, p['at'])).split(p['widths'][1:])
+        h, last = [x.t().contiguous() if 0 in p['read'] else x.t()], len(p['widths']) - 1
         held = [v if q['keep'] is None else v.index_select(0, q['keep']) for q, v in zip(p['parts'], values, strict=True)]
         for j in range(1, last + 1):
             z = None
             for q, v in zip(p['parts'], held, strict=True):
-                if q['j'] == j and len(q['cols']): z = _plus_(z, bag(h[q['i']], q['cols'], q['ptr'], v, q['parts']))
-            z = b[j - 1].expand(-1, len(x)).clone() if z is None else z.add_(b[j - 1])
-            h.append(_ACT[p['kind']][0](z) if j < last else z)
+                if q['j'] == j and len(v): z = _arrive(q, v, h[q['i']], z, b[j - 1])
+            if z is None: z = b[j - 1].unsqueeze(1).expand(-1, len(x)).clone()
+            if j < last: z = _ACT[p['act']][0](z)
+            h.append(z.contiguous() if j in p['read'] else z)
         ctx.p, ctx.n = p, len(bias)
         ctx.save_for_backward(*h[:-1], *held)
         return h[-1].t()
@@ -202,40 +236,66 @@ class _Run(torch.autograd.Function):
     def backward(ctx, g):
         p, last = ctx.p, len(ctx.p['widths']) - 1
         h, held = ctx.saved_tensors[:last], ctx.saved_tensors[last:]
-        gh, gb, gv = [None]*last, [None]*last, [None]*len(held)
+        gh, gb, gv, g = [None]*last, [None]*last, [None]*len(held), g.t()
         for j in range(last, 0, -1):
-            if j < last: g = h[j].new_zeros(h[j].shape) if gh[j] is None else _ACT[p['kind']][1](gh[j], h[j])
-            else: g = g.t().contiguous()
+            if j < last: g = h[j].new_zeros(h[j].shape) if gh[j] is None else _ACT[p['act']][1](gh[j], h[j])
             gb[j - 1] = g.sum(1)
             for k, (q, v) in enumerate(zip(p['parts'], held, strict=True)):
                 if q['j'] != j: continue
-                d = sampled(g, h[q['i']], q) if len(q['cols']) else v.new_zeros(0)
+                d, back = _return(q, v, h[q['i']], g)
                 gv[k] = d if q['keep'] is None else d.new_zeros(q['n']).index_copy_(0, q['keep'], d)
-                if q['i'] and len(q['cols']):
-                    t = q['turned']
-                    gh[q['i']] = _plus_(gh[q['i']], bag(g, t['rows'], t['ptr'], v, t['parts'], t['order']))
+                if back is not None: gh[q['i']] = _plus_(gh[q['i']], back)
         gb = torch.cat(gb)
         return None, None, gb if p['at'] is None else gb.new_zeros(ctx.n).index_copy_(0, p['at'], gb), *gv
 
 def _plus_(a, b): return b if a is None else a.add_(b)
 
-# %% ../nbs/13e_sparse_network.ipynb #ebb849d3
-@method(MinimalNetwork)
-def _plain(self, x):
-    "Whether the program can be run: a CPU, links as lists, nobody watching"
-    if x.device.type != 'cpu' or x.requires_grad or x.dtype != self.bias.dtype or _has_any_global_hook(): return False
-    for m in self.links.values():
-        if m.n_links and (m.running != 'gather' or m.n_links > 2**20) or m._forward_hooks or m._forward_pre_hooks: return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in self.acts)
+# %% ../nbs/13e_sparse_network.ipynb #527effed
+def _arrive(q, v, h, z, b):
+    "What one layer adds to z; the first one adds the biases too"
+    if q['full']:
+        w = v.view(-1, q['n'])
+        return torch.addmm(b, h.t(), w.t()).t() if z is None else z.add_((h.t() @ w.t()).t())
+    y = bag(h, q['cols'], q['ptr'], v, q['parts'])
+    return y.add_(b.unsqueeze(1)) if z is None else z.add_(y)
 
+def _return(q, v, h, g):
+    "A layer's gradients: of its values, and of its inputs (none for those of the network)"
+    if not len(v): return v.new_zeros(0), None
+    if q['full']:
+        d, back = g @ h.t(), (g.t() @ v.view(-1, q['n'])).t() if q['i'] else None
+        return (d if q['index']['present'] is None else cleared(d, q['index'])).view(-1), back
+    g, t = g.contiguous(), q['turned']
+    back = bag(g, t['rows'], t['ptr'], v, t['parts'], t['order']) if q['i'] else None
+    return sampled(g, h, q), back
+
+# %% ../nbs/13e_sparse_network.ipynb #ffbc4cf1
+def _matrices(x, p, bias):
+    "All layers as matrices"
+    h, z, act, last = [x], None, _ACT[p['act']][0], len(p['widths']) - 1
+    b = bias.split(p['widths'][1:])
+    for i, j, m, clear in p['layers']:
+        while len(h) < j: h.append(_next(z, b[len(h) - 1], act, h)); z = None
+        v = m._parameters['values']
+        w = v.view(p['widths'][j], -1)
+        if clear is not None and w.requires_grad: w.register_hook(clear)
+        z = F.linear(h[i], w, b[j - 1]) if z is None else torch.addmm(z, h[i], w.t())
+    while len(h) < last: h.append(_next(z, b[len(h) - 1], act, h)); z = None
+    return b[-1].expand(len(x), -1) if z is None else z
+
+def _next(z, b, act, h): return act(b.expand(len(h[0]), -1).clone() if z is None else z)
+
+# %% ../nbs/13e_sparse_network.ipynb #ebb849d3
 @method(MinimalNetwork)
 def step(self,
     x, # (samples, inputs)
 ): # (samples, outputs)
     "One step without a past"
-    if not self._plain(x): return self.trace(x)[-1]
     p = self._program()
-    return _Run.apply(x, p, self.bias, *(self.links[f'{i}_{j}'].values for i, j in p['active']))
+    if p is None or x.dtype != self.bias.dtype: return self.trace(x)[-1]
+    if p['kind'] == 'matrices': return _matrices(x, p, self.bias)
+    if x.requires_grad or torch.is_autocast_enabled('cpu'): return self.trace(x)[-1]
+    return _Run.apply(x, p, self.bias, *(m._parameters['values'] for m in p['active']))
 
 @method(MinimalNetwork)
 def forward(self,

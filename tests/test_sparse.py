@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from plasticity.edits import edit, load_record, replay
-from plasticity.sparse import MODES, SparseLinear, choose_mode, draw_places, from_dense, measure_modes, random_layer, random_places
+from plasticity.sparse import FULL_FROM, MODES, SparseLinear, choose_mode, draw_places, from_dense, measure_modes, random_layer, random_places
+from plasticity.sparse_network import MinimalNetwork, Sprout
 import plasticity.sparse as sparse_module
 
 def masked(layer, x):
@@ -150,3 +151,141 @@ def test_sparse_step_is_faster_and_measured_choice_works():
 def test_gradients_are_those_of_finite_differences():
     layer = random_layer(5, 4, .5, mode='gather').double(); x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, v: torch.func.functional_call(layer, dict(values=v), (x,)), (x, layer.values))
+
+# ---- a full matrix above a density
+
+def _moments(layer, adam):
+    "{place: (value, first and second moment)} of the links"
+    k = layer.keys(); at = k if layer.full else torch.arange(len(k))
+    three = layer.values.data, adam.state[layer.values]['exp_avg'], adam.state[layer.values]['exp_avg_sq']
+    return {int(a): tuple(t[b].item() for t in three) for a, b in zip(k, at, strict=True)}
+
+def _image(net, adam):
+    return {**net.state_dict(), **{f'{i}/{k}': v for i, s in enumerate(adam.state_dict()['state'].values()) for k, v in s.items()}}
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 99), st.booleans())
+def test_the_form_changes_with_the_density_and_back(i, o, seed, ema):
+    g = torch.Generator().manual_seed(seed); at = torch.randperm(i*o, generator=g); n = int(FULL_FROM*i*o); more = at[n:n + 1 + seed % 3]
+    net = nn.Sequential(SparseLinear(i, o, at[:n] // i, at[:n] % i, torch.randn(n, generator=g)), nn.Tanh(), nn.Linear(o, 2))
+    layer, adam, x = net[0], torch.optim.Adam(net.parameters()), torch.randn(6, i, generator=g)
+    for _ in range(2): adam.zero_grad(); net(x).square().mean().backward(); adam.step()
+    averaged = {k: v.detach().clone() for k, v in net.named_parameters()} if ema else None
+    before, old, y = _image(net, adam), _moments(layer, adam), net(x).detach()
+    assert not layer.full
+    with edit(net, adam, x, ema=[averaged] if ema else ()) as e: e.connect('0', more // i, more % i)
+    assert layer.full and torch.allclose(net(x), y, atol=1e-6)
+    now = _moments(layer, adam)
+    assert all(now[k] == v for k, v in old.items()) and all(now[int(k)][:2] == (0, 0) for k in more)
+    assert layer.values.data[~layer.present].eq(0).all()
+    if ema: assert torch.equal(averaged['0.values'], layer.values)
+    for _ in range(3): adam.zero_grad(); net(x).square().mean().backward(); adam.step()
+    middle, kept = _image(net, adam), _moments(layer, adam)
+    gone = layer.keys()[-len(more) - 1:].flip(0)
+    with edit(net, adam, x) as f: f.disconnect('0', gone // i, gone % i)
+    assert not layer.full and all(kept[k] == v for k, v in _moments(layer, adam).items())
+    replay(net, f.record.inverse(), adam)
+    again = _image(net, adam)
+    assert layer.full and all(torch.equal(v, again[k]) for k, v in middle.items())
+    with edit(net, adam, x) as e: e.disconnect('0', more // i, more % i); e.connect('0', more // i, more % i)
+    replay(net, e.record.inverse(), adam)
+    again = _image(net, adam)
+    assert all(torch.equal(v, again[k]) for k, v in middle.items()) and before.keys() == again.keys()
+
+def test_undone_at_once_the_list_is_there_again():
+    net = nn.Sequential(random_layer(10, 10, .25), nn.Linear(10, 2)); adam, x = torch.optim.Adam(net.parameters()), torch.randn(7, 10)
+    net(x).square().mean().backward(); adam.step(); before = copy.deepcopy(_image(net, adam))
+    free = (~net[0].mask()).nonzero()[torch.randperm(75)[:20]]
+    with edit(net, adam, x) as e: e.connect('0', *free.T, torch.ones(20))
+    assert net[0].full and net[0].n_links == 45
+    replay(net, e.record.inverse(), adam)
+    assert not net[0].full and all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
+    with pytest.raises(RuntimeError, match='stop'):
+        with edit(net, adam, x) as e: e.connect('0', *free.T); raise RuntimeError('stop')
+    assert not net[0].full and all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
+
+def test_a_wider_matrix_stays_one_until_its_links_change_and_comes_back():
+    net = MinimalNetwork([6, 5, 4, 3], .4); adam, x = torch.optim.Adam(net.parameters()), torch.randn(9, 6)
+    net(x).square().mean().backward(); adam.step(); before = copy.deepcopy(_image(net, adam))
+    assert net.links['0_1'].full
+    with edit(net, adam, x) as e:
+        e.do(Sprout(1, 9))
+        e.connect('links.0_1', [12], [0], [.5])
+    assert not net.links['0_1'].full and net.links['0_1'].n_links == 13
+    replay(net, e.record.inverse(), adam)
+    here = {len(m.present): m.present for m in net.links.values() if m.full}                    # second moments of absent links mean nothing
+    def seen(v): return v[here[len(v)]] if v.ndim and len(v) in here else v
+    assert net.links['0_1'].full and all(torch.equal(seen(v), seen(before[k])) for k, v in _image(net, adam).items())
+
+OPTIMIZERS = dict(adam=lambda p: torch.optim.Adam(p, 1e-2), adamw=lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=.1, amsgrad=True),
+                  sgd=lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=.01), rms=lambda p: torch.optim.RMSprop(p, 1e-3))
+
+@pytest.mark.parametrize('density', [.5, .95])
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_absent_links_stay_absent_and_the_rest_learns_as_a_list(name, density, monkeypatch):
+    monkeypatch.setattr(sparse_module, 'STIR', 4)
+    made = [nn.Sequential(random_layer(30, 20, density, mode=m), nn.Tanh(), random_layer(20, 5, density, mode=m)) for m in ('auto', 'gather')]
+    x, t = torch.randn(16, 30), torch.randn(16, 5)
+    for net in made:
+        opt = OPTIMIZERS[name](net.parameters())
+        for _ in range(30): opt.zero_grad(); (net(x) - t).square().mean().backward(); opt.step()
+        net.state = opt.state[net[0].values]
+    a, b = made[0][0], made[1][0]
+    assert a.full and not b.full and a.values[~a.present].eq(0).all() and a.values.grad[~a.present].eq(0).all()
+    assert torch.allclose(made[0](x), made[1](x), atol=1e-5) and torch.allclose(a.matrix(), b.matrix(), atol=1e-5)
+    assert not made[0].state['momentum_buffer'][~a.present].any() if name == 'sgd' else True
+    for k in {'exp_avg_sq', 'square_avg'} & {*made[0].state}:
+        v = made[0].state[k]
+        assert (v[~a.present] > 0).all() and v[~a.present].max() <= v[a.present].max()*1.05
+        assert torch.allclose(v[a.present], made[1].state[k], rtol=1e-3)
+
+def test_moments_of_other_parameters_are_left_alone():
+    half, lin = random_layer(8, 8, .5), nn.Linear(8, 8); lin.weight.data[0] = 0
+    adam = torch.optim.Adam([*half.parameters(), *lin.parameters()]); x = torch.zeros(4, 8)
+    (half(torch.randn(4, 8)).sum() + lin(x).sum()).backward(); adam.step()
+    assert adam.state[lin.weight]['exp_avg_sq'].eq(0).all() and adam.state[half.values]['exp_avg_sq'].gt(0).all()
+
+@pytest.mark.parametrize('density', [.1, .5, .97, 1.])
+def test_any_form_takes_the_state_of_any_other(density):
+    x = torch.randn(3, 9)
+    for mode in ('auto', 'gather'):
+        a = random_layer(9, 7, density, mode=mode); state = a.state_dict()
+        for there in (.05, .6, 1.):
+            b = random_layer(9, 7, there, seed=3); b.load_state_dict(state)
+            assert b.full == a.full and torch.allclose(a(x), b(x), atol=1e-6) and b.n_links == a.n_links and torch.equal(a.keys(), b.keys())
+            b.load_state_dict({k: v for k, v in state.items() if k == 'values' or v.numel()})   # as files were that hold one form only
+            b(x).sum().backward(); assert torch.allclose(a(x), b(x), atol=1e-6) and b.values.grad.shape == a.values.shape
+            free = (~b.mask()).nonzero()[:1]
+            if len(free): b.connect(*free.T, [1.]); assert b.n_links == a.n_links + 1
+
+def test_a_shared_gradient_is_not_changed_and_copies_are_their_own():
+    layer = random_layer(6, 6, .5); other = nn.Parameter(torch.zeros(6, 6))
+    ((layer.weight() + other)*torch.ones(6, 6)).sum().backward()
+    assert other.grad.eq(1).all() and torch.equal(layer.values.grad.view(6, 6), layer.mask().float())
+    twin = copy.deepcopy(layer); twin.disconnect(*twin.links()[:2])
+    assert twin.n_links == 0 and layer.n_links == 18 and layer(torch.ones(1, 6)).abs().sum() > 0
+    d = copy.deepcopy(layer).double(); d.zero_grad(); d(torch.randn(2, 6).double()).sum().backward()
+    assert d.values.grad[~d.present].eq(0).all() and d.values.grad.dtype == torch.float64
+    x = torch.randn(4, 6); p = dict(layer.named_parameters())
+    def loss(p, x): return torch.func.functional_call(layer, p, (x,)).square().sum()
+    each = torch.func.vmap(torch.func.grad(lambda p, x: loss(p, x[None])), (None, 0))(p, x)
+    assert each['values'].shape == (4, 36)
+
+@pytest.mark.parametrize('kind', ['tanh', 'sigmoid', 'relu'])
+@pytest.mark.parametrize('densities', [(.9, .05, .6), (.05, .9, .05), (.5, .95, 1.), (1., 1., .02)])
+def test_networks_of_both_forms_compute_what_their_layers_do(kind, densities):
+    sizes = [12, 10, 9, 8]
+    net = MinimalNetwork(sizes, .05, kind)
+    for k, d in enumerate(densities):
+        m, want = net.links[f'{k}_{k + 1}'], random_layer(sizes[k], sizes[k + 1], d, bias=False); m.load_state_dict(want.state_dict())
+    net.links['0_2'].connect([3], [4], [.7]); net.links['0_3'].connect([1], [2], [-.3])
+    with torch.no_grad(): net.bias.normal_()
+    x, t, grads = torch.randn(5, 12), torch.randn(5, 8), []
+    for f in (net, lambda v: net.trace(v)[-1]):
+        net.zero_grad(); (f(x)*t).sum().backward()
+        grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()])
+    assert net._program()['kind'] == 'lists'
+    assert torch.allclose(net(x), net.trace(x)[-1], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+    for a, b in zip(net.links.values(), net.links.values(), strict=True):
+        if a.full and a.n_links: assert a.values.grad[~b.present].eq(0).all()
