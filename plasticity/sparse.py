@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DENSE_PRODUCT', 'PORTION', 'MODES', 'DENSE_FROM', 'FULL_FROM', 'CSR', 'LISTED', 'SECOND', 'STIR', 'blocks',
-           'bag', 'row_of', 'sampled', 'choose_mode', 'spread_out', 'turned', 'SparseLinear', 'keys', 'links', 'index',
-           'matrix', 'product', 'weight', 'cleared', 'forward', 'draw_places', 'random_places', 'link_scale',
-           'random_layer', 'from_dense', 'to_dense', 'connect', 'disconnect', 'fan_in', 'fan_out', 'mask',
+           'portions', 'bag', 'csr', 'row_of', 'sampled', 'choose_mode', 'spread_out', 'turned', 'SparseLinear', 'keys',
+           'links', 'index', 'matrix', 'product', 'weight', 'cleared', 'forward', 'draw_places', 'random_places',
+           'link_scale', 'random_layer', 'from_dense', 'to_dense', 'connect', 'disconnect', 'fan_in', 'fan_out', 'mask',
            'measure_modes', 'fastest']
 
 # %% ../nbs/13d_sparse.ipynb #706b022b
@@ -26,7 +26,7 @@ from .tensors import set_data
 warnings.filterwarnings('ignore', message='Sparse CSR tensor support is in beta')  # said once a process, and no news
 
 # %% ../nbs/13d_sparse.ipynb #716c5e74
-BLOCK = 2**22 # links handled at once: bounds what a step needs beside links and activations
+BLOCK = 2**21 # links handled at once: bounds what a step needs beside links and activations
 
 def blocks(
     ptr, # (rows + 1,) where each row's links start
@@ -40,24 +40,44 @@ def blocks(
         out.append((a, b, int(host[a]), int(host[b]))); a = b
     return out
 
-# %% ../nbs/13d_sparse.ipynb #c451541c
-def bag(
-    h, # (columns, samples), contiguous
-    cols, # (links,) int32, row by row
+# %% ../nbs/13d_sparse.ipynb #a4594df1
+def portions(
+    cols, # (links,) int32, row by row; None: the rows in `source` of the links in `order`
     ptr, # (rows + 1,) int32
     values, # (links,)
     parts, # of `blocks`
     order=None, # (links,) positions of the links in `values`
+    source=None, # (columns + 1,) where they start there
+): # yields first row, last row + 1, columns, row starts, values
+    "The links, portion by portion"
+    for a, b, i, j in parts:
+        at = None if order is None else order[i:j]
+        c = cols[i:j] if cols is not None else torch.searchsorted(source, at, right=True, out_int32=True).sub_(1)
+        yield a, b, c, ptr[a:b + 1] - i, values[i:j] if at is None else values.index_select(0, at)
+
+# %% ../nbs/13d_sparse.ipynb #c451541c
+def bag(
+    h, # (columns, samples), contiguous
+    cols, ptr, values, parts, order=None, source=None, # of `portions`
 ) -> torch.Tensor: # (rows, samples)
     "Weighted sums of rows of `h`"
-    if len(parts) == 1:
+    if len(parts) == 1 and cols is not None:
         values = values if order is None else values.index_select(0, order)
         return torch.embedding_bag(h, cols, ptr[:-1], False, 0, False, values)[0]
     out = h.new_empty(len(ptr) - 1, h.shape[1])
-    for a, b, i, j in parts:
-        v = values[i:j] if order is None else values.index_select(0, order[i:j])
-        out[a:b] = torch.embedding_bag(h, cols[i:j], ptr[a:b] - i, False, 0, False, v)[0]
+    for a, b, c, p, v in portions(cols, ptr, values, parts, order, source):
+        out[a:b] = torch.embedding_bag(h, c, p[:-1], False, 0, False, v)[0]
     return out
+
+# %% ../nbs/13d_sparse.ipynb #589e1485
+def csr(
+    h, # (columns, samples)
+    cols, ptr, values, parts, order=None, source=None, # of `portions`
+) -> torch.Tensor: # (rows, samples)
+    "The same by sparse matrices"
+    made = [torch.sparse_csr_tensor(p, c, v, (b - a, len(h)), check_invariants=False) @ h
+            for a, b, c, p, v in portions(cols, ptr, values, parts, order, source)]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 # %% ../nbs/13d_sparse.ipynb #7c8fc46f
 def row_of(
@@ -113,11 +133,9 @@ class _Linked(torch.autograd.Function):
     def forward(ctx, h, values, layer, mode):
         ctx.save_for_backward(h, values); ctx.index, ctx.mode = layer.index(), mode
         i = ctx.index
-        if mode == 'gather': return bag(h, i['cols'], i['ptr'], values, i['parts'])
-        if mode == 'dense':
-            w = spread_out(i, values, len(h)); ctx.stamp = i['stamp']
-            return w @ h
-        return torch.sparse_csr_tensor(i['ptr'], i['cols'], values, (len(i['ptr']) - 1, len(h)), check_invariants=False) @ h
+        if mode != 'dense': return (csr if mode == 'csr' else bag)(h, i['cols'], i['ptr'], values, i['parts'])
+        w = spread_out(i, values, len(h)); ctx.stamp = i['stamp']
+        return w @ h
 
     @staticmethod
     @once_differentiable
@@ -130,10 +148,7 @@ class _Linked(torch.autograd.Function):
             return w if w is None else (g.t() @ w).t(), gv, None, None
         if ctx.needs_input_grad[0]:
             t = turned(i, len(h))
-            if ctx.mode == 'gather': gh = bag(g, t['rows'], t['ptr'], values, t['parts'], t['order'])
-            else:
-                v = values.index_select(0, t['order'])
-                gh = torch.sparse_csr_tensor(t['ptr'], t['rows'], v, (len(h), len(g)), check_invariants=False) @ g
+            gh = (csr if ctx.mode == 'csr' else bag)(g, t['rows'], t['ptr'], values, t['parts'], t['order'], i['ptr'])
         if ctx.needs_input_grad[1]: gv = sampled(g, h, i)
         return gh, gv, None, None
 
@@ -156,14 +171,14 @@ def spread_out(
 def turned(
     index:dict, # of `SparseLinear.index`
     n:int, # columns
-) -> dict: # rows, ptr, order, parts of the transposed matrix, links column by column
+) -> dict: # rows (None where they are too many to keep), ptr, order, parts of the transposed matrix, links column by column
     "The transposed index, made when it is first needed"
     if index['turned'] is None:
-        cols, ptr = index['cols'], index['ptr']
+        cols = index['cols']
         order = torch.sort(cols, stable=True).indices.int()
-        rows = row_of(ptr, 0, len(cols)) if index['rows'] is None else index['rows']
-        tptr = _pointers(cols, n)
-        index['turned'] = dict(rows=rows.index_select(0, order), ptr=tptr, order=order, parts=blocks(tptr))
+        tptr, rows = _pointers(cols, n), index['rows']
+        rows = None if rows is None else rows.index_select(0, order)
+        index['turned'] = dict(rows=rows, ptr=tptr, order=order, parts=blocks(tptr))
     return index['turned']
 
 def _pointers(at, n):

@@ -171,7 +171,7 @@ def _made(self):
 
 def _long(m): return not m.full and (m.running != 'gather' or m.n_links > 2**20)
 
-# %% ../nbs/13e_sparse_network.ipynb #ae29c440
+# %% ../nbs/13e_sparse_network.ipynb #2543bf42
 def _clears(active, index):
     "[(source, target, layer, what clears the gradient of its absent links)], target by target"
     made = [(i, j, m, None if x['present'] is None else (lambda g, x=x: cleared(g.clone() if g.requires_grad else g, x)))
@@ -250,7 +250,7 @@ class _Run(torch.autograd.Function):
 
 def _plus_(a, b): return b if a is None else a.add_(b)
 
-# %% ../nbs/13e_sparse_network.ipynb #527effed
+# %% ../nbs/13e_sparse_network.ipynb #37611f26
 def _arrive(q, v, h, z, b):
     "What one layer adds to z; the first one adds the biases too"
     if q['full']:
@@ -269,7 +269,7 @@ def _return(q, v, h, g):
     back = bag(g, t['rows'], t['ptr'], v, t['parts'], t['order']) if q['i'] else None
     return sampled(g, h, q), back
 
-# %% ../nbs/13e_sparse_network.ipynb #ffbc4cf1
+# %% ../nbs/13e_sparse_network.ipynb #101fd3f1
 def _matrices(x, p, bias):
     "All layers as matrices"
     h, z, act, last = [x], None, _ACT[p['act']][0], len(p['widths']) - 1

@@ -107,14 +107,16 @@ def test_memory_is_in_proportion_to_links():
     kept = [layer.values, layer.values.grad, layer.cols, layer.index()['rows']] + [layer.cache['turned'][k] for k in ('rows', 'order')]
     assert sum(t.numel()*t.element_size() for t in kept) == 24*layer.n_links and layer.n_links == int(2**36*1e-7)
 
-def test_blocks_do_not_change_the_result(monkeypatch):
-    layer, x = random_layer(50, 40, .2, mode='gather'), torch.randn(5, 50, requires_grad=True)
+@pytest.mark.parametrize('mode', ['gather', 'csr'])
+def test_blocks_do_not_change_the_result(monkeypatch, mode):
+    layer, x = random_layer(50, 40, .2, mode=mode), torch.randn(5, 50, requires_grad=True)
     def run():
         layer.cache = x.grad = layer.values.grad = None
         y = layer(x); (y*y).sum().backward()
         return y.detach(), x.grad, layer.values.grad
-    whole = run(); monkeypatch.setattr(sparse_module, 'BLOCK', 7); parts = run()
-    assert len(layer.cache['parts']) > 5 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+    whole = run(); monkeypatch.setattr(sparse_module, 'BLOCK', 7); monkeypatch.setattr(sparse_module, 'PORTION', 11); parts = run()
+    assert len(layer.cache['parts']) > 5 and layer.cache['rows'] is layer.cache['turned']['rows'] is None
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
 
 def test_draws_are_distinct_exact_and_free():
     g = torch.Generator().manual_seed(0)
@@ -292,3 +294,12 @@ def test_networks_of_both_forms_compute_what_their_layers_do(kind, densities):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
     for a, b in zip(net.links.values(), net.links.values(), strict=True):
         if a.full and a.n_links: assert a.values.grad[~b.present].eq(0).all()
+
+def test_a_large_layer_keeps_twelve_bytes_a_link_beside_optimizer_and_gradient(monkeypatch):
+    monkeypatch.setattr(sparse_module, 'BLOCK', 2**10)
+    layer = random_layer(2**10, 2**10, .01, mode='csr', bias=False)
+    layer(torch.randn(2, 2**10, requires_grad=True)).sum().backward()
+    def held(v):
+        if isinstance(v, dict): return sum(map(held, v.values()))
+        return v.numel()*v.element_size() if isinstance(v, torch.Tensor) else 0
+    assert held(layer.cache) + held(layer.values) == 12*layer.n_links + 8*(2**10 + 1)
