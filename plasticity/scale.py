@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'WRITERS', 'Ranks', 'join', 'on_ranks', 'free_port', 'Distributed', 'before_fit', 'moving', 'refuse',
            'call', 'shared', 'joined', 'forward', 'shapes', 'spread', 'watchers', 'decided', 'Disagreement', 'checksum',
-           'agree', 'wrap', 'release', 'release_shards', 'blocks', 'shard', 'gather', 'save', 'leave']
+           'agree', 'wrap', 'release', 'release_shards', 'blocks', 'shard', 'gather', 'save', 'leave', 'Stopwatch',
+           'noise', 'timed', 'timed_cases']
 
-# %% ../nbs/22_scale.ipynb #0b859cd1
-import gc, inspect, os, socket, sys, time
+# %% ../nbs/22_scale.ipynb #0a6b8fa7
+import gc, importlib, inspect, os, socket, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -17,18 +18,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from .growing import OpenSession
-from .monitors import Monitor
-from .population import Population
-from .replacement import UnitRemedy
-from .results import did_you_mean, method, pick_device, stream_seed
-from .sessions import Edit, edit
-from .snapshots import SnapshotManager
-from .surgery import Surgeon
-from .tensors import set_data, unwrapped
+from .data import Data
+from .results import did_you_mean, generator, method, pick_device, seeded, stream_seed
+from .tensors import set_data
+from .text import Bytes, Characters, TextData
 from .training import Callback, Trainer
 
-# %% ../nbs/22_scale.ipynb #1f0d470d
+# %% ../nbs/22_scale.ipynb #8042d16f
 class Ranks:
     "How many processes there are, which one this is, and its device"
     def __init__(self, rank=0, world=1, device=None):
@@ -40,25 +36,31 @@ class Ranks:
 
 def join(
     device='auto', # 'auto', 'cpu' or 'cuda'
-    timeout:float=600 # seconds after which a rank that waits for another gives up
+    timeout:float=600, # seconds after which a rank that waits for another gives up
+    always:bool=False # open the connection though this process is alone
 )->Ranks:
     "Join the other processes, if somebody started several"
     cuda = pick_device(device).type == 'cuda'
-    if not dist.is_initialized() and int(os.environ.get('WORLD_SIZE', 1)) > 1: _open(cuda, timedelta(seconds=timeout))
-    if not dist.is_initialized() or dist.get_world_size() == 1: return Ranks(device=pick_device(device))
+    if not dist.is_initialized() and (always or int(os.environ.get('WORLD_SIZE', 1)) > 1): _open(cuda, timedelta(seconds=timeout))
+    if not dist.is_initialized() or (dist.get_world_size() == 1 and not always): return Ranks(device=pick_device(device))
     here = torch.device('cuda', int(os.environ.get('LOCAL_RANK', dist.get_rank())) % torch.cuda.device_count()) if cuda else None
     if cuda: torch.cuda.set_device(here)
     return Ranks(dist.get_rank(), dist.get_world_size(), here)
 
+def _accelerate():
+    "Accelerate's state, None where it is not installed"
+    try: from accelerate import PartialState; return PartialState
+    except ImportError: return None
+
 def _open(cuda, timeout):
     "Open the connection: by Accelerate, or by PyTorch from the same environment"
-    try: from accelerate import PartialState
-    except ImportError: PartialState = None
+    if 'RANK' not in os.environ:
+        os.environ |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
-    if PartialState is not None: PartialState(cpu=not cuda, timeout=timeout)
+    if state := _accelerate(): state(cpu=not cuda, timeout=timeout)
     if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timeout)
 
-# %% ../nbs/22_scale.ipynb #72a0043c
+# %% ../nbs/22_scale.ipynb #c6e558bd
 def on_ranks(
     fn, # function of the ranks' common arguments
     *args, # for it
@@ -72,6 +74,7 @@ def on_ranks(
     cuda = torch.device(device).type == 'cuda'
     if cuda and torch.cuda.device_count() < ranks:
         raise ValueError(f'ranks: got {ranks}, this machine has {torch.cuda.device_count()} GPUs')
+    if not cuda: _accelerate() # imported once, not in each of them
     made = multiprocessing.get_context('spawn' if cuda else 'fork')
     box, port = made.SimpleQueue(), free_port()
     there = [made.Process(target=_enter, args=(fn, args, r, ranks, port, box)) for r in range(ranks)]
@@ -85,7 +88,7 @@ def on_ranks(
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-# %% ../nbs/22_scale.ipynb #f3d28d33
+# %% ../nbs/22_scale.ipynb #84435e1a
 def _enter(fn, args, rank, ranks, port, box):
     "What a process does: take a number, call, tell"
     import traceback
@@ -111,8 +114,10 @@ def _wait(there, box, until, timeout):
         return out
     raise TimeoutError(f'timeout: {timeout} s have passed')
 
-# %% ../nbs/22_scale.ipynb #7aeb25d8
+# %% ../nbs/22_scale.ipynb #5177ef48
 STRATEGIES = 'ddp', 'fsdp2'
+
+def _is(c, name): return any(k.__name__ == name for k in type(c).__mro__) # without importing what may not be used
 
 class Distributed(Callback):
     "One network on all ranks: shared batches, added gradients, equal decisions; alone it does nothing"
@@ -124,20 +129,21 @@ class Distributed(Callback):
         check:bool=True, # compare checksums of weights and moments at the start, after edits and after epochs
         device='auto', # 'auto', 'cpu', 'cuda'
         timeout:float=600, # seconds after which a rank that waits for another gives up
+        always:bool=False, # work on one process, too: to see what it costs
         **options # of DistributedDataParallel or fully_shard
     ):
         if strategy not in STRATEGIES: raise ValueError(f'strategy: got {strategy!r}{did_you_mean(strategy, STRATEGIES)}')
         self.strategy, self.sync_batchnorm, self.check, self.options = strategy, sync_batchnorm, check, options
-        self.writers, self.ranks = list(writers), join(device, timeout)
+        self.writers, self.ranks, self.always = list(writers), join(device, timeout, always), always
         self.trainer = self.wrapped = self.seen = self.whole = None
         self.weight, self.inside, self.edits = 1., False, 0
 
     def __repr__(self): return f'Distributed({self.strategy!r}): {self.ranks}'
 
-# %% ../nbs/22_scale.ipynb #7034cdb7
+# %% ../nbs/22_scale.ipynb #40080bd3
 @method(Distributed)
 def before_fit(self, trainer):
-    if self.ranks.world == 1: return
+    if self.ranks.world == 1 and not self.always: return
     self.refuse(trainer)
     self.trainer, self.inside = trainer, False
     if self.sync_batchnorm: nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
@@ -165,13 +171,13 @@ def _one_stream(self):
     dist.broadcast(state, 0)
     torch.cuda.set_rng_state(state.cpu())
 
-# %% ../nbs/22_scale.ipynb #d5e79a9b
+# %% ../nbs/22_scale.ipynb #9ce35192
 @method(Distributed)
 def refuse(self, trainer):
     """Say what cannot be spread over ranks.
     Raises: ValueError that names the argument"""
     def no(name, why): raise ValueError(f'{name}: {why}')
-    if isinstance(trainer.model, Population): no('model', 'got a Population, takes one network; spread its members with `sweep`')
+    if _is(trainer.model, 'Population'): no('model', 'got a Population, takes one network; spread its members with `sweep`')
     if trainer.forward is not trainer.model and trainer.forward != self.forward:
         no('compile', 'got True, takes False with several ranks: a compiled network is not wrapped again after an edit')
     if trainer.device.type != self.ranks.device.type:
@@ -179,14 +185,14 @@ def refuse(self, trainer):
     if self.sync_batchnorm and self.ranks.device.type != 'cuda':
         no('sync_batchnorm', 'got True on the CPU, where PyTorch has no SyncBatchNorm; takes False')
     for c in trainer.callbacks:
-        if getattr(c, 'utility', None) == 'adaptable' and isinstance(c, UnitRemedy):
+        if getattr(c, 'utility', None) == 'adaptable' and _is(c, 'UnitRemedy'):
             no('utility', "got 'adaptable', which needs every row of a layer on one rank; takes another utility")
         inner = type(c).after_backward is not Callback.after_backward if isinstance(c, Callback) else False
         if self.strategy == 'fsdp2' and inner:
             no('strategy', f"got 'fsdp2', but {type(c).__name__} looks at gradients in a step, of which a rank has shares; takes 'ddp'")
     if self.strategy == 'fsdp2' and trainer.precision == 'fp16': no('precision', "got 'fp16' with 'fsdp2'; takes 'bf16' or 'float32'")
 
-# %% ../nbs/22_scale.ipynb #774de311
+# %% ../nbs/22_scale.ipynb #6cd612f1
 @method(Distributed)
 def call(self, event, *args):
     "What the trainer calls at each moment, with this object first and last"
@@ -216,7 +222,7 @@ def _weigh(out, w):
         return type(out)(*parts) if hasattr(out, '_fields') else type(out)(parts)
     return out
 
-# %% ../nbs/22_scale.ipynb #a0380f62
+# %% ../nbs/22_scale.ipynb #c85232c2
 @method(Distributed)
 def shared(self):
     "Cut the batch to this rank's rows"
@@ -242,7 +248,7 @@ def joined(self):
     if moving := self.moving(): self._mean(moving, 1/world)
     for m in self.due: self._reduce(*m)
     for c in t.callbacks:
-        if isinstance(c, UnitRemedy): self._looks(c)
+        if _is(c, 'UnitRemedy'): self._looks(c)
     self.weight, self.due = 1., []
 
 @method(Distributed)
@@ -251,9 +257,9 @@ def _mean(self, tensors, factor):
     "Add tensors over the ranks as one, times a factor"
     flat = torch.cat([t.detach().flatten() for t in tensors])*factor
     dist.all_reduce(flat)
-    for t, v in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True): t.copy_(v.view_as(t))
+    torch._foreach_copy_(tensors, [v.view_as(t) for t, v in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)])
 
-# %% ../nbs/22_scale.ipynb #2f2f0d92
+# %% ../nbs/22_scale.ipynb #ebc0f4ad
 @method(Distributed)
 def forward(self, x):
     "The trainer's forward pass"
@@ -281,7 +287,7 @@ def _own_draws(self):
         torch.manual_seed(stream_seed(t.seed, 'rank', self.ranks.rank, t.step, self.done))
         yield
 
-# %% ../nbs/22_scale.ipynb #6cbb1924
+# %% ../nbs/22_scale.ipynb #fa5998c8
 @method(Distributed)
 @torch.no_grad()
 def spread(self,
@@ -298,14 +304,14 @@ def spread(self,
     dist.all_gather_into_tensor(every, out.contiguous())
     return every.view(r.world, most, *out.shape[1:]).transpose(0, 1).flatten(0, 1)[:n] # (rows, ...)
 
-# %% ../nbs/22_scale.ipynb #cc755289
+# %% ../nbs/22_scale.ipynb #9533dfbd
 def watchers(
     callbacks # of a trainer
 )->list: # of Monitor
     "The monitors among callbacks, and inside them"
     out = []
     def look(c, depth):
-        if isinstance(c, Monitor): out.append(c)
+        if _is(c, 'Monitor'): out.append(c)
         elif depth and isinstance(c, Callback):
             for v in vars(c).values(): look(v, depth - 1)
     for c in callbacks: look(c, 3)
@@ -324,7 +330,7 @@ def _aside(self, monitor):
 
 def _sums(s): return [t for t in (s.sums, s.active, s.gram, s.largest) if t is not None] # the largest values last
 
-# %% ../nbs/22_scale.ipynb #bbd80167
+# %% ../nbs/22_scale.ipynb #bf4dee24
 @method(Distributed)
 @torch.no_grad()
 def _reduce(self, monitor, held):
@@ -354,30 +360,33 @@ def _counts(self, stats):
     dist.all_reduce(t)
     return t.tolist()
 
-# %% ../nbs/22_scale.ipynb #3e672913
+# %% ../nbs/22_scale.ipynb #36e97b9c
 @method(Distributed)
 def _looks(self, remedy):
     "What a remedy has seen in this step, over the rows of all ranks"
     calls = [s.calls for s in remedy.sites if getattr(s, 'calls', None)]
     if calls: self._mean([v for c in calls for v in c], self.ranks.share(self.n)/self.n)
 
-# %% ../nbs/22_scale.ipynb #302beb42
+# %% ../nbs/22_scale.ipynb #f3f0ec47
 @method(Distributed)
 def decided(self,
     session, # of edits
-    change:Edit # what this rank wants
-)->Edit: # what all ranks do
+    change # the `Edit` that this rank wants
+): # the `Edit` that all ranks do
     "Rank 0's edit; the wrapper is taken off"
-    if self.trainer is None or session.model is not unwrapped(self.trainer.model): return change
+    if self.trainer is None or session.model is not self.trainer.model: return change
     self.release()
     box = [change.to_json()]
     dist.broadcast_object_list(box, 0, device=self.ranks.device)
     self.edits += 1
-    return change if box[0] == change.to_json() else Edit.from_json(box[0])
+    return change if box[0] == change.to_json() else change.from_json(box[0])
 
 @method(Distributed)
 def _deciding(self):
     "Until the fit ends, sessions of edits ask first"
+    from plasticity.growing import OpenSession
+    from plasticity.sessions import edit
+    from plasticity.surgery import Surgeon
     self.was = {(cls, k): cls.__dict__[k] for cls, k in ((edit, 'do'), (OpenSession, 'do'), (edit, '__init__'), (Surgeon, '__init__'))}
     for (cls, k), inner in self.was.items():
         def do(session, change, inner=inner): return inner(session, self.decided(session, change))
@@ -386,7 +395,7 @@ def _deciding(self):
             inner(session, model, *args, **options)
         setattr(cls, k, do if k == 'do' else begin)
 
-# %% ../nbs/22_scale.ipynb #6787c32d
+# %% ../nbs/22_scale.ipynb #a13305b6
 class Disagreement(RuntimeError): "Ranks that should hold equal numbers do not"
 
 def checksum(
@@ -418,7 +427,7 @@ def agree(self,
     off = (low != high).nonzero()[:, 0].tolist()
     if off: raise Disagreement(f'{when}: {len(off)} of {len(named)} tensors differ between ranks, the first is {list(named)[off[0]]!r}')
 
-# %% ../nbs/22_scale.ipynb #4dcb7986
+# %% ../nbs/22_scale.ipynb #d540597c
 @method(Distributed)
 def wrap(self):
     "Put the engine on the network as it is now"
@@ -444,7 +453,7 @@ def release(self):
 def release_shards(self):
     if self.strategy == 'fsdp2' and self.wrapped is not None: self.gather(); self.wrapped = None
 
-# %% ../nbs/22_scale.ipynb #087daa70
+# %% ../nbs/22_scale.ipynb #8f73a12a
 def blocks(
     model # any module
 )->list: # of modules
@@ -469,7 +478,7 @@ def shard(self):
     for p in self.plain.values(): set_data(p, p.data.new_empty(0))
     return model
 
-# %% ../nbs/22_scale.ipynb #95c8c15a
+# %% ../nbs/22_scale.ipynb #c2a26f75
 @method(Distributed)
 def _swap(self, old, new, moved):
     "Give the optimizer another parameter in the place of one, with its moments"
@@ -489,7 +498,7 @@ def _cut(self, v, p):
 def _full(v, _=None): # a share -> the whole tensor
     return v.full_tensor().detach() if hasattr(v, 'full_tensor') else v
 
-# %% ../nbs/22_scale.ipynb #cacfb674
+# %% ../nbs/22_scale.ipynb #07ec83a0
 @method(Distributed)
 @torch.no_grad()
 def gather(self):
@@ -519,7 +528,7 @@ def _strip(classes):
             if k.endswith('_hooks') and isinstance(hooks, dict):
                 for i in [i for i, f in hooks.items() if ours(getattr(f, 'hook', f))]: del hooks[i]
 
-# %% ../nbs/22_scale.ipynb #68c304ab
+# %% ../nbs/22_scale.ipynb #31d6986b
 WRITERS = 'Record', 'Tracked'
 
 @method(Distributed)
@@ -531,7 +540,7 @@ def save(self, folder):
 @method(Distributed)
 def _shadow(self, c):
     "Keep a callback of another rank from writing"
-    if isinstance(c, SnapshotManager):
+    if _is(c, 'SnapshotManager'):
         inner = c.save
         def save(*args, **options):
             self.release_shards()
@@ -542,7 +551,7 @@ def _shadow(self, c):
         for e in vars(Callback):
             if e.startswith(('before_', 'after_', 'on_')): setattr(c, e, lambda *args: None)
 
-# %% ../nbs/22_scale.ipynb #f402ce97
+# %% ../nbs/22_scale.ipynb #7afb77b9
 @method(Distributed)
 def leave(self):
     "The trainer is as before; after an error the ranks are not asked for anything any more"
@@ -551,9 +560,67 @@ def leave(self):
     for k in ('call', 'save'): t.__dict__.pop(k, None)
     t.forward = t.model
     for c in t.callbacks:
-        mine = _EVENTS | {'save', 'acquire', '_thin'} if isinstance(c, SnapshotManager) else _EVENTS
+        mine = _EVENTS | {'save', 'acquire', '_thin'} if _is(c, 'SnapshotManager') else _EVENTS
         for k in mine & set(vars(c)): delattr(c, k)
     if self.strategy == 'ddp': self.wrapped = None
     self.seen, self.inside = None, False
 
 _EVENTS = frozenset(e for e in vars(Callback) if e.startswith(('before_', 'after_', 'on_')))
+
+# %% ../nbs/22_scale.ipynb #884b6d52
+class Stopwatch(Callback):
+    "The batch's loss at every step, and seconds a step of each block of steps after the first `skip`"
+    def __init__(self, block=5, skip=5): self.block, self.skip, self.losses, self.seconds, self.start = block, skip, [], [], None
+    def after_step(self, t):
+        self.losses.append(t.loss.detach().clone())
+        if t.step < self.skip or (t.step - self.skip) % self.block: return
+        if t.device.type == 'cuda': torch.cuda.synchronize()
+        now = time.perf_counter()
+        if t.step > self.skip: self.seconds.append((now - self.start)/self.block)
+        self.start = now
+
+def noise(
+    kind:str, # 'images' or 'tokens'
+    n:int, # samples
+    size, # (channels, height, width), or tokens of a sample
+    classes:int, # or kinds of tokens
+    seed:int=0
+): # a data set
+    "Data to measure speed on"
+    g = generator(seed, 'noise')
+    if kind == 'images':
+        x, y = torch.randint(256, (n, *size), generator=g, dtype=torch.uint8), torch.randint(classes, (n,), generator=g)
+        return Data('noise', x, y, x[:8], y[:8], classes=tuple(map(str, range(classes))), mean=[.5]*size[0], std=[.25]*size[0])
+    text = torch.randint(classes, (n*size + 1,), generator=g)
+    return TextData('noise', text, text[:8*size + 1], Bytes() if classes == 256 else Characters(''.join(map(chr, range(classes)))), size)
+
+# %% ../nbs/22_scale.ipynb #56a4022b
+def timed(
+    model:str, # 'module:name'
+    options:dict, # of the model
+    data:tuple, # arguments of `noise`
+    steps:int, # in all
+    batch_size:int, # of all ranks together
+    distributed=None, # options of `Distributed`; None: this process alone
+    block:int=5, # steps timed together
+    skip:int=5, # steps before the clock runs
+    device='cpu',
+    seed:int=0,
+    **training # the trainer's options
+)->dict: # losses of every step, seconds a step of each block
+    "Train on noise, and measure"
+    name, _, member = model.partition(':')
+    with seeded(seed, 'model'): net = getattr(importlib.import_module(name), member)(**options)
+    if device == 'cuda' and data[0] == 'images': net = net.to(memory_format=torch.channels_last)
+    watch, d = Stopwatch(block, skip), [] if distributed is None else [Distributed(device=device, check=False, **distributed)]
+    options = dict(batch_size=batch_size, device=device, seed=seed, eval_every=0) | training
+    Trainer(net, noise(*data), callbacks=[*d, watch], **options).fit(steps=steps)
+    return dict(losses=torch.stack(watch.losses).tolist(), seconds=watch.seconds)
+
+def timed_cases(
+    cases:dict, # name -> options of `timed`
+    device='cpu'
+)->dict: # name -> what `timed` gave
+    "Several measurements, one after the other; to be called on every rank"
+    join(device)
+    return {k: timed(device=device, **c) for k, c in cases.items()}
