@@ -8,7 +8,7 @@ __all__ = ['STRATEGIES', 'WRITERS', 'Ranks', 'join', 'on_ranks', 'free_port', 'D
            'agree', 'wrap', 'release', 'release_shards', 'blocks', 'shard', 'gather', 'save', 'leave', 'Stopwatch',
            'noise', 'timed', 'timed_cases']
 
-# %% ../nbs/22_scale.ipynb #0a6b8fa7
+# %% ../nbs/22_scale.ipynb #0a91a9ad
 import gc, importlib, inspect, os, socket, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,7 +24,7 @@ from .tensors import set_data
 from .text import Bytes, Characters, TextData
 from .training import Callback, Trainer
 
-# %% ../nbs/22_scale.ipynb #8042d16f
+# %% ../nbs/22_scale.ipynb #04c1c0a4
 class Ranks:
     "How many processes there are, which one this is, and its device"
     def __init__(self, rank=0, world=1, device=None):
@@ -60,7 +60,7 @@ def _open(cuda, timeout):
     if state := _accelerate(): state(cpu=not cuda, timeout=timeout)
     if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timeout)
 
-# %% ../nbs/22_scale.ipynb #c6e558bd
+# %% ../nbs/22_scale.ipynb #5b1b0197
 def on_ranks(
     fn, # function of the ranks' common arguments
     *args, # for it
@@ -88,7 +88,7 @@ def on_ranks(
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-# %% ../nbs/22_scale.ipynb #84435e1a
+# %% ../nbs/22_scale.ipynb #9bf3291a
 def _enter(fn, args, rank, ranks, port, box):
     "What a process does: take a number, call, tell"
     import traceback
@@ -114,7 +114,7 @@ def _wait(there, box, until, timeout):
         return out
     raise TimeoutError(f'timeout: {timeout} s have passed')
 
-# %% ../nbs/22_scale.ipynb #5177ef48
+# %% ../nbs/22_scale.ipynb #4a2d490d
 STRATEGIES = 'ddp', 'fsdp2'
 
 def _is(c, name): return any(k.__name__ == name for k in type(c).__mro__) # without importing what may not be used
@@ -140,7 +140,7 @@ class Distributed(Callback):
 
     def __repr__(self): return f'Distributed({self.strategy!r}): {self.ranks}'
 
-# %% ../nbs/22_scale.ipynb #40080bd3
+# %% ../nbs/22_scale.ipynb #6a2810e2
 @method(Distributed)
 def before_fit(self, trainer):
     if self.ranks.world == 1 and not self.always: return
@@ -171,7 +171,13 @@ def _one_stream(self):
     dist.broadcast(state, 0)
     torch.cuda.set_rng_state(state.cpu())
 
-# %% ../nbs/22_scale.ipynb #9ce35192
+# %% ../nbs/22_scale.ipynb #8b320845
+def _inside(c):
+    "Whether a callback needs whole tensors in the middle of a step"
+    if any(_is(c, k) for k in ('Remedy', 'Pull')) or hasattr(c, 'follows'): return True
+    idle = hasattr(c, 'strategy') and 'gradients' not in getattr(c.strategy, 'needs', ('gradients',))
+    return isinstance(c, Callback) and type(c).after_backward is not Callback.after_backward and not idle
+
 @method(Distributed)
 def refuse(self, trainer):
     """Say what cannot be spread over ranks.
@@ -187,12 +193,11 @@ def refuse(self, trainer):
     for c in trainer.callbacks:
         if getattr(c, 'utility', None) == 'adaptable' and _is(c, 'UnitRemedy'):
             no('utility', "got 'adaptable', which needs every row of a layer on one rank; takes another utility")
-        inner = type(c).after_backward is not Callback.after_backward if isinstance(c, Callback) else False
-        if self.strategy == 'fsdp2' and inner:
-            no('strategy', f"got 'fsdp2', but {type(c).__name__} looks at gradients in a step, of which a rank has shares; takes 'ddp'")
+        if self.strategy == 'fsdp2' and _inside(c):
+            no('strategy', f"got 'fsdp2', but {type(c).__name__} looks at whole gradients or weights in a step; takes 'ddp'")
     if self.strategy == 'fsdp2' and trainer.precision == 'fp16': no('precision', "got 'fp16' with 'fsdp2'; takes 'bf16' or 'float32'")
 
-# %% ../nbs/22_scale.ipynb #6cd612f1
+# %% ../nbs/22_scale.ipynb #5fb06f81
 @method(Distributed)
 def call(self, event, *args):
     "What the trainer calls at each moment, with this object first and last"
@@ -222,7 +227,7 @@ def _weigh(out, w):
         return type(out)(*parts) if hasattr(out, '_fields') else type(out)(parts)
     return out
 
-# %% ../nbs/22_scale.ipynb #c85232c2
+# %% ../nbs/22_scale.ipynb #2a5f3948
 @method(Distributed)
 def shared(self):
     "Cut the batch to this rank's rows"
@@ -259,7 +264,7 @@ def _mean(self, tensors, factor):
     dist.all_reduce(flat)
     torch._foreach_copy_(tensors, [v.view_as(t) for t, v in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)])
 
-# %% ../nbs/22_scale.ipynb #ebc0f4ad
+# %% ../nbs/22_scale.ipynb #c974b7f3
 @method(Distributed)
 def forward(self, x):
     "The trainer's forward pass"
@@ -282,12 +287,15 @@ def shapes(self):
 @contextmanager
 def _own_draws(self):
     "Within, random numbers are this rank's and this step's"
-    t = self.trainer
-    with torch.random.fork_rng([self.ranks.device] if self.ranks.device.type == 'cuda' else []):
-        torch.manual_seed(stream_seed(t.seed, 'rank', self.ranks.rank, t.step, self.done))
-        yield
+    t, device = self.trainer, self.ranks.device
+    draws = [torch.default_generator] + ([torch.cuda.default_generators[device.index]] if device.type == 'cuda' else [])
+    held = [g.get_state() for g in draws]
+    for g in draws: g.manual_seed(stream_seed(t.seed, 'rank', self.ranks.rank, t.step, self.done))
+    try: yield
+    finally:
+        for g, state in zip(draws, held, strict=True): g.set_state(state)
 
-# %% ../nbs/22_scale.ipynb #fa5998c8
+# %% ../nbs/22_scale.ipynb #50c5a421
 @method(Distributed)
 @torch.no_grad()
 def spread(self,
@@ -304,7 +312,7 @@ def spread(self,
     dist.all_gather_into_tensor(every, out.contiguous())
     return every.view(r.world, most, *out.shape[1:]).transpose(0, 1).flatten(0, 1)[:n] # (rows, ...)
 
-# %% ../nbs/22_scale.ipynb #9533dfbd
+# %% ../nbs/22_scale.ipynb #cb360830
 def watchers(
     callbacks # of a trainer
 )->list: # of Monitor
@@ -330,7 +338,7 @@ def _aside(self, monitor):
 
 def _sums(s): return [t for t in (s.sums, s.active, s.gram, s.largest) if t is not None] # the largest values last
 
-# %% ../nbs/22_scale.ipynb #bf4dee24
+# %% ../nbs/22_scale.ipynb #6355a4fd
 @method(Distributed)
 @torch.no_grad()
 def _reduce(self, monitor, held):
@@ -360,26 +368,32 @@ def _counts(self, stats):
     dist.all_reduce(t)
     return t.tolist()
 
-# %% ../nbs/22_scale.ipynb #36e97b9c
+# %% ../nbs/22_scale.ipynb #4a3f6292
 @method(Distributed)
 def _looks(self, remedy):
     "What a remedy has seen in this step, over the rows of all ranks"
     calls = [s.calls for s in remedy.sites if getattr(s, 'calls', None)]
     if calls: self._mean([v for c in calls for v in c], self.ranks.share(self.n)/self.n)
 
-# %% ../nbs/22_scale.ipynb #f3f0ec47
+# %% ../nbs/22_scale.ipynb #05411be2
 @method(Distributed)
 def decided(self,
     session, # of edits
     change # the `Edit` that this rank wants
 ): # the `Edit` that all ranks do
     "Rank 0's edit; the wrapper is taken off"
-    if self.trainer is None or session.model is not self.trainer.model: return change
+    if not self._mine(session.model): return change
     self.release()
     box = [change.to_json()]
     dist.broadcast_object_list(box, 0, device=self.ranks.device)
     self.edits += 1
     return change if box[0] == change.to_json() else change.from_json(box[0])
+
+@method(Distributed)
+def _mine(self, model):
+    "Whether it is the trainer's model, or holds parameters of it, as a view does"
+    own = {id(p) for p in self.trainer.model.parameters()}
+    return isinstance(model, nn.Module) and any(id(p) in own for p in model.parameters())
 
 @method(Distributed)
 def _deciding(self):
@@ -391,11 +405,11 @@ def _deciding(self):
     for (cls, k), inner in self.was.items():
         def do(session, change, inner=inner): return inner(session, self.decided(session, change))
         def begin(session, model, *args, inner=inner, **options):
-            if self.trainer is not None and model is self.trainer.model: self.release_shards()
+            if self._mine(model): self.release_shards()
             inner(session, model, *args, **options)
         setattr(cls, k, do if k == 'do' else begin)
 
-# %% ../nbs/22_scale.ipynb #a13305b6
+# %% ../nbs/22_scale.ipynb #9ce0839b
 class Disagreement(RuntimeError): "Ranks that should hold equal numbers do not"
 
 def checksum(
@@ -427,7 +441,7 @@ def agree(self,
     off = (low != high).nonzero()[:, 0].tolist()
     if off: raise Disagreement(f'{when}: {len(off)} of {len(named)} tensors differ between ranks, the first is {list(named)[off[0]]!r}')
 
-# %% ../nbs/22_scale.ipynb #d540597c
+# %% ../nbs/22_scale.ipynb #b803fe7b
 @method(Distributed)
 def wrap(self):
     "Put the engine on the network as it is now"
@@ -453,7 +467,7 @@ def release(self):
 def release_shards(self):
     if self.strategy == 'fsdp2' and self.wrapped is not None: self.gather(); self.wrapped = None
 
-# %% ../nbs/22_scale.ipynb #8f73a12a
+# %% ../nbs/22_scale.ipynb #d7156ec0
 def blocks(
     model # any module
 )->list: # of modules
@@ -478,7 +492,7 @@ def shard(self):
     for p in self.plain.values(): set_data(p, p.data.new_empty(0))
     return model
 
-# %% ../nbs/22_scale.ipynb #c2a26f75
+# %% ../nbs/22_scale.ipynb #75a3fd7f
 @method(Distributed)
 def _swap(self, old, new, moved):
     "Give the optimizer another parameter in the place of one, with its moments"
@@ -498,7 +512,7 @@ def _cut(self, v, p):
 def _full(v, _=None): # a share -> the whole tensor
     return v.full_tensor().detach() if hasattr(v, 'full_tensor') else v
 
-# %% ../nbs/22_scale.ipynb #07ec83a0
+# %% ../nbs/22_scale.ipynb #2dc1f93d
 @method(Distributed)
 @torch.no_grad()
 def gather(self):
@@ -528,7 +542,7 @@ def _strip(classes):
             if k.endswith('_hooks') and isinstance(hooks, dict):
                 for i in [i for i, f in hooks.items() if ours(getattr(f, 'hook', f))]: del hooks[i]
 
-# %% ../nbs/22_scale.ipynb #31d6986b
+# %% ../nbs/22_scale.ipynb #500a92c1
 WRITERS = 'Record', 'Tracked'
 
 @method(Distributed)
@@ -551,7 +565,7 @@ def _shadow(self, c):
         for e in vars(Callback):
             if e.startswith(('before_', 'after_', 'on_')): setattr(c, e, lambda *args: None)
 
-# %% ../nbs/22_scale.ipynb #7afb77b9
+# %% ../nbs/22_scale.ipynb #c65d031e
 @method(Distributed)
 def leave(self):
     "The trainer is as before; after an error the ranks are not asked for anything any more"
@@ -567,7 +581,7 @@ def leave(self):
 
 _EVENTS = frozenset(e for e in vars(Callback) if e.startswith(('before_', 'after_', 'on_')))
 
-# %% ../nbs/22_scale.ipynb #884b6d52
+# %% ../nbs/22_scale.ipynb #2176e97e
 class Stopwatch(Callback):
     "The batch's loss at every step, and seconds a step of each block of steps after the first `skip`"
     def __init__(self, block=5, skip=5): self.block, self.skip, self.losses, self.seconds, self.start = block, skip, [], [], None
@@ -594,7 +608,7 @@ def noise(
     text = torch.randint(classes, (n*size + 1,), generator=g)
     return TextData('noise', text, text[:8*size + 1], Bytes() if classes == 256 else Characters(''.join(map(chr, range(classes)))), size)
 
-# %% ../nbs/22_scale.ipynb #56a4022b
+# %% ../nbs/22_scale.ipynb #e63c0a5c
 def timed(
     model:str, # 'module:name'
     options:dict, # of the model
