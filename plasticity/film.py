@@ -152,7 +152,8 @@ def add(self,
     health=(), # rows with layer, metric, value, units
     links=None, # (links, 5): column, cell, column, cell, strength
     twins=None, # column -> (partner of each unit, how alike)
-    epoch=None # of the run
+    epoch=None, # of the run
+    keep:bool=False # the frame before, even if it is of the same step
 ):
     "One more frame"
     last = self.frames[-1] if self.frames else None
@@ -161,9 +162,10 @@ def add(self,
     f = dict(step=int(step), epoch=epoch, n={c.name: int(c.n) for c in columns}, axis={c.name: c.axis for c in columns}, values=kept,
              ids=self._named(last, columns, values), links=last['links'] if links is None and last else links, twins=twins or {},
              health=[dict(r) for r in health])
-    if last is not None and (self.seen - 1) % self.stride: self.frames[-1] = f
+    again = last is not None and last['step'] == f['step'] and last['n'] == f['n'] and not keep
+    if last is not None and not keep and (again or (self.seen - 1) % self.stride): self.frames[-1] = f
     else: self.frames.append(f)
-    self.seen += 1
+    self.seen += not again
     if len(self.frames) > self.most or self.numbers() > self.room: self._thin()
     return f
 
@@ -283,7 +285,7 @@ def _packed(self, frames, most, names, wide):
         every = [np.concatenate([v.ravel() for v in f['values'].get(m, {}).values()] or [np.zeros(0)]) for f in fs]
         v = np.concatenate(every)
         scale = scale_of(m, v[np.isfinite(v)])
-        scales.append(dict(name=m, about=UNIT.get(m, m.replace('_', ' ')), lo=scale[0], hi=scale[1], log=scale[2]))
+        scales.append(dict(name=m, about=UNIT.get(m, f"{m.replace('_', ' ')} of the whole layer"), lo=scale[0], hi=scale[1], log=scale[2]))
         planes += [_over_time(_column(fs, m, k, cap[k], scale)) for k in names]
     axis = {k: a for f in fs for k, a in f['axis'].items()}
     columns = [dict(name=k, axis=axis[k], cells=cap[k]) for k in names]

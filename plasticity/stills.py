@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_packed', 'short_names', 'heights', 'plot_topology', 'plot_widths', 'plot_health_film']
 
-# %% ../nbs/19y_stills.ipynb #8c11d373
+# %% ../nbs/19y_stills.ipynb #ed25691e
 import math
 
 import numpy as np
@@ -14,7 +14,7 @@ from .film import Film, unpack
 from .plots import COLOURS, canvas, need
 from .results import did_you_mean
 
-# %% ../nbs/19y_stills.ipynb #152a7607
+# %% ../nbs/19y_stills.ipynb #46b73dfe
 def as_packed(film):
     "A packed film, from a film or as it is"
     if isinstance(film, Film): return film.pack()
@@ -36,7 +36,7 @@ def short_names(names):
     few = len(parts) <= 14 and first and any(n.isdigit() for n in cut(first)) # a number alone says little
     return cut(first - few)
 
-# %% ../nbs/19y_stills.ipynb #92f3fd4a
+# %% ../nbs/19y_stills.ipynb #9188f170
 def heights(
     n, # (columns,) widths now
     most, # widest at any time
@@ -57,7 +57,7 @@ def _norm(m):
     colors = need('matplotlib.colors')
     return colors.LogNorm(m['lo'], m['hi'], clip=True) if m['log'] else colors.Normalize(m['lo'], m['hi'], clip=True)
 
-# %% ../nbs/19y_stills.ipynb #e564adaf
+# %% ../nbs/19y_stills.ipynb #fcbf4291
 def plot_topology(
     film, # a Film, or what its `pack` gave
     metric:str=None, # colour of the units; the first that there is if None
@@ -82,7 +82,7 @@ def plot_topology(
             bar.set_label(m['name'].replace('_', ' '), fontsize=8)
     return fig
 
-# %% ../nbs/19y_stills.ipynb #2c5f6376
+# %% ../nbs/19y_stills.ipynb #bbd23a1d
 def _draw_network(ax, p, d, m, t):
     "One frame"
     n, here = d['n'][:, t], np.flatnonzero(d['n'][:, t])
@@ -118,7 +118,7 @@ def _draw_links(ax, p, n, h, links, half):
     alpha = [.1 + .5*s/254 for i, _, j, _, s in links if n[i] and n[j]]
     ax.add_collection(need('matplotlib.collections').LineCollection(lines, colors=[(.25, .25, .3, a) for a in alpha], linewidths=.6))
 
-# %% ../nbs/19y_stills.ipynb #72e979c5
+# %% ../nbs/19y_stills.ipynb #554e8192
 def _time_axis(ax, p):
     "Steps, where frames are evenly apart on the axis"
     F = len(p['steps'])
@@ -151,7 +151,7 @@ def plot_widths(
         a.set(yticks=[], xlim=(0, max(1, F - 1))); a.grid(False); a.spines['left'].set_visible(False)
     return fig
 
-# %% ../nbs/19y_stills.ipynb #e6506615
+# %% ../nbs/19y_stills.ipynb #b8749c2d
 def plot_health_film(
     film, # a Film, or what its `pack` gave
     metrics=None, # names; all if None
@@ -182,5 +182,5 @@ def plot_health_film(
             for s in a.spines.values(): s.set_visible(False)
         if any(have[m]['good'] for m in metrics):
             bar = fig.colorbar(need('matplotlib.cm').ScalarMappable(cmap=ill), ax=axes, ticks=[.02, .98], fraction=.03, pad=.02)
-            bar.ax.set_yticklabels(['healthy', 'ill'], fontsize=7); bar.outline.set_visible(False); bar.ax.tick_params(length=0)
+            bar.ax.set_yticklabels(['healthy', 'unhealthy'], fontsize=7); bar.outline.set_visible(False); bar.ax.tick_params(length=0)
     return fig

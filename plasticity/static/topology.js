@@ -287,9 +287,11 @@ function create({model, el: root}) {
     const cols = s.film.columns.filter(c => f.n[c.name]), most = Math.max(...s.film.frames.map(x => Math.max(...Object.values(x.n))))
     const least = Math.min(...cols.map(c => f.n[c.name]))
     const root = most > 12 * least, size = n => root ? Math.sqrt(n) : n
-    const dense = s.film.columns.length > 14, top = 26, deep = dense ? 56 : 34
     const full = Math.max(110, Math.min(330, (root ? 1e9 : most * 24)))
-    const left = 10, pitch = (s.width - 2 * left) / s.film.columns.length
+    const left = 10, pitch = (s.width - 2 * left) / s.film.columns.length, short = shorten(s.film.columns.map(c => c.name))
+    const longest = 6.4 * Math.max(...short.map(n => n.length)), dense = longest > pitch - 6, top = 26
+    const arcs = !f.links.length && s.film.arrows.length < 80 && s.film.arrows.some(([i, j]) => j !== i + 1) ? 24 : 0
+    const deep = arcs + (dense ? 24 + Math.min(100, .62 * longest) : 34)
     const wide = Math.max(2, Math.min(54, pitch * (pitch < 14 ? .8 : .46)))
     const at = {}
     s.film.columns.forEach((c, i) => {
@@ -298,7 +300,7 @@ function create({model, el: root}) {
       const h = Math.max(4, full * size(n) / size(most))
       at[c.name] = {x: left + pitch * (i + .5) - wide / 2, y: top + (full - h) / 2, w: wide, h, k: Math.min(c.cells, n), n, i}
     })
-    return {at, root, pitch, height: top + full + deep, top, full, dense}
+    return {at, root, pitch, height: top + full + deep, top, full, dense, short, arcs}
   }
 
   function topology() {
@@ -349,16 +351,19 @@ function create({model, el: root}) {
   const at = (L, c) => c && L.at[c.name]
 
   function names(L, f) {
-    const all = s.film.columns, short = shorten(all.map(c => c.name)), every = Math.max(1, Math.ceil(26 / L.pitch))
+    const all = s.film.columns, short = L.short, every = Math.max(1, Math.ceil(18 / L.pitch))
+    const digits = Math.ceil((7.5 * `${Math.max(...all.map(c => f.n[c.name] || 0))}`.length + 6) / L.pitch)
+    const mine = s.selected ? all.findIndex(c => c.name === s.selected.column) : -1
+    const due = (i, each) => i === mine || (i % each === 0 && !(mine >= 0 && Math.abs(mine - i) < each))
     all.forEach((c, i) => {
-      const b = L.at[c.name], chosen = s.selected && s.selected.column === c.name
-      const near = s.selected && Math.abs(all.findIndex(x => x.name === s.selected.column) - i) < every
-      if (!b || !(chosen || (i % every === 0 && !(near && L.pitch < 26)))) return
-      const x = b.x + b.w / 2, y = L.top + L.full + 16, cls = chosen ? 'plv-strong' : ''
-      over.append(text(x, b.y - 7, `${b.n}`, {'text-anchor': 'middle', class: `plv-number ${cls}`}))
+      const b = L.at[c.name]
+      if (!b) return
+      const x = b.x + b.w / 2, y = L.top + L.full + L.arcs + 16, cls = i === mine ? 'plv-strong' : ''
+      if (due(i, digits)) over.append(text(x, b.y - 7, `${b.n}`, {'text-anchor': 'middle', class: `plv-number ${cls}`}))
+      if (!due(i, every)) return
       const words = short[i] || c.name
-      if (!L.dense) over.append(el('text', {x, y, 'text-anchor': 'middle', class: cls}, fit(words, L.pitch - 6), el('title', {}, c.name)))
-      else over.append(el('text', {x: 0, y: 0, transform: `translate(${x + 3} ${y - 4}) rotate(-38)`, 'text-anchor': 'end', class: cls}, fit(words, 82)))
+      if (!L.dense) over.append(el('text', {x, y, 'text-anchor': 'middle', class: cls}, words, el('title', {}, c.name)))
+      else over.append(el('text', {x: 0, y: 0, transform: `translate(${x + 3} ${y - 4}) rotate(-38)`, 'text-anchor': 'end', class: cls}, fit(words, Math.min(155, (x - 6) / .79))))
     })
   }
 
@@ -400,11 +405,13 @@ function create({model, el: root}) {
       return over.append(text(12, 44, 'This film holds no metrics of whole layers.', {class: 'plv-faint'}))
     }
     const rows = Math.max(3.2, Math.min(26, 330 / layers.length)), short = shorten(layers)
-    const side = Math.min(150, Math.max(...short.map(n => n.length)) * 6.4 + 16), gap = 14, across = Math.min(metrics.length, Math.max(1, Math.floor((s.width - side) / 96)))
+    const side = Math.min(150, Math.max(...short.map(n => n.length)) * 6.4 + 16), gap = 14, across = Math.min(metrics.length, Math.max(1, Math.floor((s.width - side) / 132)))
     const lines = Math.ceil(metrics.length / across), wide = (s.width - side - 10 - gap * (across - 1)) / across, tall = layers.length * rows
     const block = 36 + tall + 24, g = surface(lines * block + 4), every = Math.max(1, Math.ceil(14 / rows))
     metrics.forEach((m, k) => {
       const x = side + (k % across) * (wide + gap), y = 36 + Math.floor(k / across) * block, F = frames.length, c = m.good ? null : colourOf(m)
+      g.fillStyle = theme('--plv-soft')
+      g.fillRect(x, y, wide, tall - (rows > 6 ? 1 : 0))
       frames.forEach((f, t) => {
         const v = f.health[m.name], bad = f.bad[m.name]
         if (!v) return
@@ -419,7 +426,7 @@ function create({model, el: root}) {
       over.append(el('line', {x1: now, x2: now, y1: y - 3, y2: y + tall + 3, class: 'plv-now'}))
       const pickd = s.selected ? layerOf(s.selected.column) : -1, v = frame().health[m.name]
       const words = m.name.replaceAll('_', ' ')
-      over.append(el('text', {x, y: y - 20, class: 'plv-strong'}, fit(words, wide), el('title', {}, words)))
+      over.append(el('text', {x, y: y - 20, class: 'plv-strong'}, words.length * 6.6 > wide ? `${words.slice(0, Math.max(3, Math.floor(wide / 6.6) - 1))}…` : words, el('title', {}, words)))
       const value = pickd >= 0 && v ? `${say(v[pickd])}` : v ? `${say(Math.min(...v.filter(Number.isFinite)))} to ${say(Math.max(...v.filter(Number.isFinite)))}` : ''
       over.append(text(x, y - 6, value, {class: 'plv-faint'}))
       axis(x, x + wide, y + tall + 16)
@@ -443,7 +450,8 @@ function create({model, el: root}) {
   }
 
   function river() {
-    const {columns, frames} = s.film, F = frames.length, side = 12, right = 128, top = 16, full = 300
+    const {columns, frames} = s.film, F = frames.length, side = 12, top = 16, full = 300
+    const right = Math.min(.36 * s.width, 66 + 6.4 * Math.max(...shorten(columns.map(c => c.name)).map(n => n.length)))
     const g = surface(top + full + 26), x = t => side + (F > 1 ? t / (F - 1) : .5) * (s.width - side - right)
     const kept = columns.filter(c => c.axis !== 'output' || columns.length < 3)
     const total = f => kept.reduce((a, c) => a + (f.n[c.name] || 0), 0), most = Math.max(...frames.map(total))
@@ -454,7 +462,7 @@ function create({model, el: root}) {
       frames.forEach((f, t) => { base[t] += full * (f.n[c.name] || 0) / most })
       const chosen = s.selected && s.selected.column === c.name
       g.fillStyle = few ? `#${DEPTH[k]}` : pick(LOW_TO_HIGH, .05 + .9 * k / (kept.length - 1))
-      g.globalAlpha = !s.selected || chosen ? .92 : .5
+      g.globalAlpha = !s.selected || chosen ? .92 : .6
       g.beginPath(); g.moveTo(x(0), upper[0])
       const edge = (list, order) => order.forEach((t, i) => {
         const back = order[0] !== 0
@@ -490,7 +498,7 @@ function create({model, el: root}) {
       const L = layout(frame()), many = s.film.columns.some(c => frame().n[c.name] > c.cells)
       out.push(key(`height: ${L.root ? 'root of the ' : ''}width${many ? '; a cell is several neighbouring units' : ''}`))
     } else if (s.view === 'health') {
-      if (s.film.health.some(m => m.good)) out.push(strip(GOOD_TO_BAD, 'healthy', 'ill'))
+      if (s.film.health.some(m => m.good)) out.push(strip(GOOD_TO_BAD, 'healthy', 'unhealthy'))
       if (s.film.health.some(m => !m.good)) out.push(strip(LOW_TO_HIGH, 'low', 'high'))
       if (s.film.health.length) out.push(key('from left to right: training steps'))
     } else out.push(key('thickness: width of the layer; from left to right: training steps; first layer on top'))
