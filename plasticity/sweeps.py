@@ -7,7 +7,7 @@ __all__ = ['ENGINES', 'WINDOW', 'DAY', 'config_key', 'variations', 'ingredients'
            'SweepError', 'sweep', 'Sweep', 'work', 'read_sweep', 'run_experiment', 'line_configs', 'sweep_line', 'main',
            'results_on_gpu', 'days', 'ring_rate']
 
-# %% ../nbs/22a_sweeps.ipynb #ada3f07c
+# %% ../nbs/22a_sweeps.ipynb #f1a42cdb
 import hashlib, importlib, inspect, itertools, json, os, socket, time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .population import MEMBER_OPTIMIZERS, Population, own_orders
 from .results import Table, did_you_mean, results_folder, seeded, write_atomic
 from .training import Trainer
 
-# %% ../nbs/22a_sweeps.ipynb #90f76efc
+# %% ../nbs/22a_sweeps.ipynb #2df22617
 def config_key(
     config:dict # anything that JSON can hold
 )->str: # 16 hexadecimal digits
@@ -35,7 +35,7 @@ def variations(
         out = [c | {group: c.get(group, {}) | {option: v} if option else v} for c in out for v in each]
     return out
 
-# %% ../nbs/22a_sweeps.ipynb #d1ef8975
+# %% ../nbs/22a_sweeps.ipynb #a124e9e5
 def _options(group): return {k: v for k, v in group.items() if k != 'name'}
 
 def ingredients(
@@ -68,7 +68,7 @@ def last_rows(history, member=None):
             if k in r: out[f"{r['split']}_{k}"] = r[k] if member is None else r[many[k]][member]
     return out | dict(steps=history[-1]['step'])
 
-# %% ../nbs/22a_sweeps.ipynb #2c19a22b
+# %% ../nbs/22a_sweeps.ipynb #7201bdda
 def alike(
     config:dict
 ): # str, None for what runs alone
@@ -92,7 +92,7 @@ def train_together(
 
 train.alike, train.together = alike, train_together
 
-# %% ../nbs/22a_sweeps.ipynb #fc71fd94
+# %% ../nbs/22a_sweeps.ipynb #4dcc0693
 ENGINES = 'local', 'ray'
 
 class SweepError(RuntimeError): "Runs that failed as often as they were tried"
@@ -122,7 +122,7 @@ def sweep(
     if bad and strict: raise SweepError(f"{len(bad)} of {len(rows)} runs failed, the first ({bad[0]['key']}): {bad[0]['error']}")
     return rows
 
-# %% ../nbs/22a_sweeps.ipynb #4c53a7aa
+# %% ../nbs/22a_sweeps.ipynb #ea79f4bc
 def _named(fn):
     "A function, or what 'module:name' means"
     if callable(fn): return fn
@@ -147,7 +147,7 @@ class Sweep:
         for k, c in left.items(): groups.setdefault((same and self.members > 1 and same(c)) or k, []).append(c)
         return [g[i:i + self.members] for g in groups.values() for i in range(0, len(g), self.members)]
 
-# %% ../nbs/22a_sweeps.ipynb #790685c6
+# %% ../nbs/22a_sweeps.ipynb #3fe63829
 def work(
     fn, # of a configuration, with `together` if it can do several
     configs:list, # of one task
@@ -162,7 +162,7 @@ def work(
         if not isinstance(r, dict): raise TypeError(f'fn: returned a {type(r).__name__}, a run returns a dict')
     return dict(results=results, seconds=time.perf_counter() - start, host=socket.gethostname())
 
-# %% ../nbs/22a_sweeps.ipynb #cf70cf29
+# %% ../nbs/22a_sweeps.ipynb #2da5bef7
 def _done(self, task, out):
     "Write what came in"
     for c, result in zip(task, out['results'], strict=True):
@@ -186,7 +186,7 @@ def _failed(self, task, error)->list: # of tasks to try again
 
 Sweep.done, Sweep.failed = _done, _failed
 
-# %% ../nbs/22a_sweeps.ipynb #210ca38e
+# %% ../nbs/22a_sweeps.ipynb #d00e0135
 def _local(s, tasks, resources, address):
     "One after another, in this process"
     while tasks:
@@ -216,7 +216,7 @@ def read_sweep(
 
 def _flat(c): return {f'{g}.{o}': v for g, os_ in c.items() for o, v in (os_.items() if isinstance(os_, dict) else [('', os_)])}
 
-# %% ../nbs/22a_sweeps.ipynb #6a3dceaf
+# %% ../nbs/22a_sweeps.ipynb #f0c636d4
 WINDOW = 4 # tasks handed over for each processor
 
 def _need_ray():
@@ -246,7 +246,7 @@ def _stream(ray, s, tasks, resources):
             except Exception as e: tasks += s.failed(task, getattr(e, 'cause', None) or e)
             else: s.done(task, out)
 
-# %% ../nbs/22a_sweeps.ipynb #0989f599
+# %% ../nbs/22a_sweeps.ipynb #ccf0aab5
 def run_experiment(
     config:dict, # as config.json holds it
     folder:str # of the run
@@ -283,7 +283,7 @@ def sweep_line(
     "Sweep the experiments that a line means"
     return sweep(line_configs(*words), run_experiment, **options)
 
-# %% ../nbs/22a_sweeps.ipynb #43a38056
+# %% ../nbs/22a_sweeps.ipynb #3f6687ec
 def main():
     "`python -m plasticity.sweeps [--engine local|ray] [--folder F] [--address A] [--gpus N] WORDS`"
     import argparse
@@ -295,11 +295,11 @@ def main():
     a, words = p.parse_known_args()
     print(sweep_line(*words, engine=a.engine, folder=a.folder, address=a.address, resources=dict(num_gpus=a.gpus) if a.gpus else None))
 
-# %% ../nbs/22a_sweeps.ipynb #ef643aa9
+# %% ../nbs/22a_sweeps.ipynb #67650a1e
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): main()  # not in a notebook
 
-# %% ../nbs/22a_sweeps.ipynb #8064133f
+# %% ../nbs/22a_sweeps.ipynb #2566f213
 DAY = 86_400
 
 def results_on_gpu(
@@ -321,7 +321,7 @@ def days(
             for k, (m, _, _) in results.items()]
     return Table(sorted(rows, key=lambda r: -r['seconds']))
 
-# %% ../nbs/22a_sweeps.ipynb #8e80cc87
+# %% ../nbs/22a_sweeps.ipynb #cf7077ff
 def ring_rate(
     parameters:int, # of the network, 4 bytes each
     seconds:float, # of a step

@@ -14,7 +14,8 @@ from plasticity.models import make_model
 from plasticity.monitors import SUMS, Monitor
 from plasticity.policies import Growth
 from plasticity.remedies import ReDo
-from plasticity.scale import Distributed, free_port, join, on_ranks, watchers
+from plasticity.ranks import free_port, join, on_ranks
+from plasticity.scale import Distributed, watchers
 from plasticity.schedules import Averages, Scheduled
 from plasticity.snapshots import SnapshotManager, SnapshotStore
 from plasticity.training import Callback, Checkpoint, Trainer, load_state
@@ -276,7 +277,8 @@ import sys, torch
 torch.set_num_threads(1)
 from plasticity.data import get_data
 from plasticity.models import make_model
-from plasticity.scale import Distributed, free_port, join, on_ranks, watchers
+from plasticity.ranks import free_port, join, on_ranks
+from plasticity.scale import Distributed, watchers
 from plasticity.training import Checkpoint, Trainer
 data = get_data('digits').subset(train=203, test=101)
 model = make_model('mlp', data.shape, 10, hidden_sizes=(16, 12), seed=0)
