@@ -95,6 +95,8 @@ def refuse(self, trainer):
         no('compile', 'got True, takes False with several ranks: a compiled network is not wrapped again after an edit')
     if trainer.device.type != self.ranks.device.type:
         no('device', f'the trainer is on {trainer.device}, this is {self.ranks}; give both the same device=')
+    on = next(trainer.model.parameters()).device
+    if on.type == 'cuda' and on != self.ranks.device: no('device', f'the model is on {on}, this is {self.ranks}; make Distributed first')
     if self.sync_batchnorm and self.ranks.device.type != 'cuda':
         no('sync_batchnorm', 'got True on the CPU, where PyTorch has no SyncBatchNorm; takes False')
     for c in trainer.callbacks:

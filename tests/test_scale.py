@@ -115,12 +115,16 @@ def shaped(kind):
     if kind == 'regression':
         data = get_data('synthetic_regression', n=150)
         return rows(trained(make_model('mlp', data.shape, 1, hidden_sizes=(8,)), data=data, batch_size=32))
+    if kind == 'noise and two tasks':
+        t = trained(epochs=1, optimizer='noisy_sgd', lr=.05, noise=.1)
+        t.begin_task(DATA.subset(train=90, seed=1))
+        return rows(t.fit(1))
     if kind == 'frozen':
         m = make_model('mlp', DATA.shape, 10, hidden_sizes=(16, 12), seed=0)
         m.layers[0].requires_grad_(False)
         return rows(trained(m))
 
-@pytest.mark.parametrize('kind', ['clip', 'accumulate', 'fewer rows than ranks', 'regression', 'frozen'])
+@pytest.mark.parametrize('kind', ['clip', 'accumulate', 'fewer rows than ranks', 'regression', 'frozen', 'noise and two tasks'])
 def test_situations(kind):
     ranks = 3 if kind == 'fewer rows than ranks' else 2
     assert gap(on_ranks(shaped, kind, ranks=ranks, timeout=WAIT), shaped(kind)) < 1e-6
