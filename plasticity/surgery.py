@@ -199,8 +199,8 @@ def newcomers(
     grad=None, # the last gradient, where there is one
 ):
     "`t` with the entries of units without a past"
-    if rule == 'like' or t.shape[dim] == 1: return t
     if rule in ('zero', 'age'): return write(t, dim, at, 0.)
+    if rule == 'like' or t.shape[dim] == 1: return t
     if rule not in ('peak', 'crawl'): return write(t, dim, at, float((settings or {})[rule]))
     old = torch.ones(t.shape[dim], dtype=torch.bool); old[at.cpu()] = False
     old = old.nonzero()[:, 0] if old.any() else torch.arange(t.shape[dim])
@@ -293,9 +293,11 @@ def _take(self, tensor, dim, order):
     back = [dict(op='take', tensor=tensor, dim=dim, order=first[first >= 0])]
     return ([dict(op='put', tensor=tensor, dim=dim, at=lost, values=values)] if len(lost) else []) + back
 
+def _young(values): return any(path.endswith('.age') for path in values or ())
+
 @operation
 def _put(self, tensor, dim, at, values):
-    if any(s.fresh == 'age' and s.path not in values for s in self.slots(tensor)): self.aging(tensor)
+    if _young(values) or any(s.fresh == 'age' and s.path not in values for s in self.slots(tensor)): self.aging(tensor)
     slots = self.slots(tensor)
     size = slots[0].tensor.shape[dim]
     slots = _fits(slots, dim, size)
@@ -349,6 +351,7 @@ def _aside(slots, dim, at):
 
 @operation
 def _write(self, tensor, dim, at, value=None, values=None, new=False):
+    if _young(values): self.aging(tensor)
     slots = _fits(self.slots(tensor), dim, find(self.model, tensor).shape[dim])
     slots = [s for s in slots if (s.path in values if values is not None else s.power == 'value')]
     old = {} if new else _aside(slots, dim, at)
