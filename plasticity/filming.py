@@ -46,6 +46,7 @@ class Filming(Callback):
         film=None, # to go on with
         every:float=.25, # seconds between frames, at least
         share:float=.02, # of the training's time, at most
+        steps:int=None, # a frame every so many steps, whatever it costs; by the clock if None
         monitor=None, # a Monitor among the trainer's callbacks, to use its sums; one of its own if None
         examples=None, # an input of the model, to find its units; from the data if None
         path=None, # where to save the packed film at the end, as `outputs/run/topology.json`
@@ -54,7 +55,10 @@ class Filming(Callback):
     ):
         if not every >= 0: raise ValueError(f'every: got {every!r}, takes seconds, 0 or more')
         if not 0 < share <= 1: raise ValueError(f'share: got {share!r}, takes a share of the time, over 0 up to 1')
-        self.film, self.every, self.share, self.monitor, self.examples = Film() if film is None else film, every, share, monitor, examples
+        if steps is not None and not (isinstance(steps, int) and steps >= 1):
+            raise ValueError(f'steps: got {steps!r}, takes a number, 1 or more, or None')
+        self.steps, self.every, self.share, self.monitor, self.examples = steps, every, share, monitor, examples
+        self.film = Film() if film is None else film
         self.path, self.on_frame, self.on_end, self.own, self.next = path, on_frame, on_end, None, 0.
         self.columns, self.rows, self._shape, self._links = [], [], None, None
         self.wanted, self.began, self.usual = False, 0., None # is a frame due; when did the step begin; seconds of a step
@@ -64,6 +68,7 @@ class Filming(Callback):
             try: self.own = Glance(trainer.model, gradients=False, max_units=CELLS, rows=256)
             except ValueError: pass # nothing to measure
         self.take(trainer)
+        if self.steps is not None: self.wanted = (trainer.step + 1) % self.steps == 0
 
     def before_step(self, trainer):
         if self.wanted and self.own is not None: self.own.open(trainer)
@@ -74,6 +79,7 @@ class Filming(Callback):
         else:
             self.usual = now - self.began if self.usual is None else .9*self.usual + .1*(now - self.began)
             self.wanted = now >= self.next
+        if self.steps is not None: self.wanted = (trainer.step + 1) % self.steps == 0
     def on_report(self, trainer, rows): self.rows = rows
     def after_fit(self, trainer):
         if self.own is not None: self.own.remove()

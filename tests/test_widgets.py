@@ -258,7 +258,15 @@ def test_edits_are_marked_once(digits):
     assert growth.events and len(f.film.edits) == len(growth.events)
     assert {e['column'] for e in f.film.edits} <= set(f.film.frames[-1]['n'])
 
-@pytest.mark.parametrize('options', [dict(every=-1), dict(share=0), dict(share=2)])
+def test_a_frame_every_so_many_steps(digits):
+    steps = {}
+    for k in (1, 3):
+        f = Filming(steps=k)
+        trainer_of(digits, callbacks=[f]).fit(steps=10)
+        steps[k] = [r['step'] for r in f.film.frames]
+    assert steps == {1: list(range(11)), 3: [0, 3, 6, 9, 10]}
+
+@pytest.mark.parametrize('options', [dict(every=-1), dict(share=0), dict(share=2), dict(steps=0)])
 def test_filming_says_what_it_takes(options):
     with pytest.raises(ValueError, match=f'{next(iter(options))}: got'): Filming(**options)
 

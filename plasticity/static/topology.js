@@ -388,7 +388,7 @@ function create({model, el: root}) {
     if (mine < 0 || !list[mine]) return []
     const out = list.map(([u, like], x) => x === mine ? [u, like] : u === mine ? [x, like] : null).filter(Boolean)
     const seen = new Map(out.map(([u, like]) => [now.length && was.length ? now.indexOf(was[u]) : u, like]))
-    return [...seen].filter(([u]) => u >= 0 && u !== p).sort((a, b) => b[1] - a[1]).slice(0, 4)
+    return [...seen].filter(([u, like]) => u >= 0 && u !== p && like > .2).sort((a, b) => b[1] - a[1]).slice(0, 4)
   }
 
   function axis(x0, x1, y) { // steps below a time axis

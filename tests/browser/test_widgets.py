@@ -148,7 +148,9 @@ def test_light_and_dark(opened, page_of, grown):
     def luminance(colour): return sum(map(int, colour[4:-1].split(',')[:3]))/765
     for scheme in ('light', 'dark'):
         page = opened(url, scheme)
-        style = page.evaluate('(() => { const s = getComputedStyle(document.querySelector(".plv")); return [s.backgroundColor, s.color] })()')
+        style = page.evaluate('''(() => {
+            const s = getComputedStyle(document.querySelector('.plv'))
+            return [s.backgroundColor, s.color] })()''')
         back, words = map(luminance, style)
         assert (back > .9 and words < .2) if scheme == 'light' else (back < .15 and words > .85)
 
