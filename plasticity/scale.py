@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from .ranks import join
+from .ranks import BROKEN, join
 from .results import did_you_mean, method, stream_seed
 from .tensors import set_data
 from .training import Callback, Trainer
@@ -117,6 +117,7 @@ def call(self, event, *args):
     Trainer.call(t, event, *args)
     if event == 'before_step': self.shared()
     if event == 'after_epoch' and self.check: self.agree(f'after epoch {t.epoch}')
+    if failed: BROKEN.append(repr(sys.exc_info()[1]))
     if event == 'after_fit': self.leave()
 
 class _Weighed(torch.autograd.Function):
