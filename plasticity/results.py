@@ -431,7 +431,7 @@ def results_state(
 def main():
     "List the saved results; exit status 1 when one is missing"
     rows = results_state()
-    print(rows if rows else 'no saved results')
+    print(Table(rows, limit=len(rows)) if rows else 'no saved results')
     sys.exit(1 if 'missing' in rows.column('state') else 0)
 
 # %% ../nbs/00_results.ipynb #a353e2be

@@ -152,3 +152,11 @@ def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
 def test_result_is_a_dict():
     r = Result(dict(a=1), dict(name='n', seed=0, device='cpu', torch='2', seconds=1., commit='c', date='d'))
     assert r['a'] == 1 and 'n: seed 0' in repr(r)
+
+def test_the_list_is_whole(monkeypatch, capsys):
+    "However many results there are"
+    from plasticity import results
+    rows = results.Table(dict(name=f'result{i}', state='current') for i in range(100))
+    monkeypatch.setattr(results, 'results_state', lambda: rows)
+    with pytest.raises(SystemExit): results.main()
+    assert 'result99' in capsys.readouterr().out
