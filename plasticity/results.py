@@ -412,6 +412,7 @@ def results_state(
     for nb in sorted(folder.rglob('*.ipynb')):
         if '.ipynb_checkpoints' in nb.parts: continue
         source = _code(nb)
+        if 'saved_run' not in source: continue
         for name, spare in dict(_asked(source)).items():
             path = results_folder()/f'{name}.json'
             if not path.exists():
