@@ -7,6 +7,7 @@ __all__ = ['BROKEN', 'Ranks', 'join', 'on_ranks', 'free_port']
 
 # %% ../nbs/21a_ranks.ipynb #5e1933a5
 import atexit, os, socket, time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -53,7 +54,9 @@ def _open(cuda, timeout):
 
 def _close():
     "Close the connection before Python takes its threads away; after an error there may be nobody at its other end"
-    if dist.is_initialized() and not BROKEN: dist.destroy_process_group()
+    if not dist.is_initialized() or BROKEN: return
+    with suppress(RuntimeError): dist.barrier() # nobody hangs up while another still listens
+    dist.destroy_process_group()
 
 BROKEN = [] # what ended a fit
 
@@ -94,7 +97,7 @@ def _enter(fn, args, rank, ranks, port, box):
     try: out, error = fn(*args), None
     except BaseException: out, error = None, traceback.format_exc()
     if rank == 0 or error: box.put((rank, out, error))
-    if dist.is_initialized() and not error: dist.destroy_process_group()
+    if not error: _close()
 
 def _wait(there, box, until, timeout):
     "What rank 0 returned, or why it did not"
