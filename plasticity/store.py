@@ -546,6 +546,7 @@ class Origins:
         old, was = tensors.get(src), tensors.get(f'model/{self.moves.source.get(p, p)}')
         if old is None: return name, None, None
         moves = {d: o for d, o in self.moves.orders.get(p, {}).items() if d < len(old[1]) and old[1][d] == was[1][d]
+                 and (not len(o) or o.max() < old[1][d]) # else it tells of another past than the base's
                  and not (len(o) == old[1][d] and (o == np.arange(len(o))).all())}
         if not moves and len(old[1]) == len(new[1]) and old[0] == new[0]: moves = self.found(p, old, new)
         return src, old, moves or None
@@ -668,12 +669,17 @@ def _reachable(self, model, spec, inserted):
     return differing(attributes(model), self._known[1])
 
 # %% ../nbs/14u_store.ipynb #faa863f6
+def _origins(base, records, links):
+    "Where tensors come from; by their content alone where the records tell of another past than the base's"
+    try: return Origins(base, records, links)
+    except (IndexError, KeyError, ValueError, RuntimeError): return Origins(base, (), links)
+
 @method(SnapshotStore)
 def _write(self, i, now, base, records, about, file=None):
     "Write one snapshot, and its line; gives the entry"
     if base and (base['depth'] + 1 >= self.full_every or base['spec'] != now['spec'] or base['id'] not in self._entries): base = None
     links = now['links']
-    entries, pieces, orders, gone = _packed(now['tensors'], base, Origins(base, records, links) if base else None)
+    entries, pieces, orders, gone = _packed(now['tensors'], base, _origins(base, records, links) if base else None)
     if not _worth(now['tensors'], pieces, base):
         base, gone, orders = None, [], {}
         entries = {n: dict(c='raw', sha=checksum(*t)) for n, t in now['tensors'].items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from plasticity.data import get_data
 from plasticity.deltas import Container, SnapshotError, bits, checksum, container, decode, encode, squeeze
-from plasticity.edits import edit
+from plasticity.edits import Prune, Widen, edit
 from plasticity.models import make_model
 from plasticity.snapshots import Ensemble, SnapshotManager, SnapshotStore, StoreLocked, diff, load
 from plasticity.store import _line, read_index
@@ -697,6 +697,25 @@ def test_a_state_of_anything_comes_back(tmp_path):
     got = s.state
     assert got['a'] == tree['a'] and got['b'][0]['c'].tolist() == [0, 1, 2] and got['b'][0]['d'] == float('inf')
     assert got['e'] == tree['e'] and got['f'] == tree['f'] and got['g'] == tree['g']
+
+@pytest.mark.parametrize('first', [Widen, Prune])
+def test_records_of_another_past(tmp_path, first):
+    "A network that branched off before the newest snapshot goes into the same store"
+    net, x = mlp_of(8), torch.randn(4, 6)
+    a, b = SnapshotStore(tmp_path/'a', sync=False), SnapshotStore(tmp_path/'b', sync=False)
+    a.save(net)
+    for turn in range(3):
+        m = a.load(0, model=mlp_of(8)); opt = torch.optim.Adam(m.parameters())
+        m(x).sum().backward(); opt.step()
+        for k in range(2):
+            edit = Widen('0', 3 - k + turn, seed=turn) if first is Widen else Prune('0', list(range(k + 1)))
+            b.save(m, opt, records=[edit.apply(m, opt, x)])
+            assert image(b.load(-1, model=mlp_of(8))) == image(m)
+    assert {r['state'] for r in b.verify()} == {'ok'}
+
+def mlp_of(n):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, n), nn.ReLU(), nn.Linear(n, 3))
 
 def test_growing_and_sparse_networks_of_other_chapters(tmp_path):
     pytest.importorskip('plasticity.growing')
