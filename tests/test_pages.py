@@ -77,7 +77,8 @@ def test_links_of_files(name): assert dead(ROOT/name, [(ROOT/name).read_text()])
 
 # %% outputs
 SILENT = {'append', 'extend', 'add', 'update', 'backward', 'step', 'fit', 'train', 'eval', 'zero_grad', 'remove', 'close', 'savefig',
-          'set_num_threads', 'manual_seed', 'show_doc', 'set_', 'plot', 'write_text', 'mkdir', 'unlink', 'clear', 'print'}
+          'set_num_threads', 'manual_seed', 'show_doc', 'plot', 'write_text', 'mkdir', 'unlink', 'clear', 'print', 'save_file', 'cleanup',
+          'no_waiting_graph'}  # calls that end a cell for what they do
 
 def flags(source): return {m.split(':')[0].strip(): m for m in re.findall(r'^#\| *(.+)$', source, re.M)}
 
