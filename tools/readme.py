@@ -18,7 +18,7 @@ def markdown(nb):
     for c in nb['cells']:
         source = text(c['source'])
         if re.search(r'^#\|\s*hide\b', source, re.M): continue
-        if c['cell_type'] == 'markdown': yield re.sub(r'\]\((?=\d\w+\.ipynb\)|images/|studies/)', '](nbs/', source)
+        if c['cell_type'] == 'markdown': yield re.sub(r'\]\((?=\w+\.ipynb\)|images/|studies/)', '](nbs/', source)
         if c['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
             if code: yield f'```python\n{code}\n```'
