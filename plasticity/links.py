@@ -9,6 +9,7 @@ __all__ = ['link_layers']
 import torch
 from torch import nn
 
+from .ages import OLD
 from .surgery import newcomers, operation, write
 from .tensors import set_data
 
@@ -80,18 +81,22 @@ def _disconnect(self, layer, rows, cols, **form):
 
 @operation
 def _entries(self, tensor, rows, cols, value=None, values=None):
+    new = values is None and bool(value.any())
+    if any(k.endswith('.age') for k in values or ()) or new and any(s.fresh == 'age' for s in self.slots(tensor)): self.aging(tensor)
     slots, old = self.slots(tensor), {}
     news = []
     for s in slots:
         i, j = rows.to(s.tensor.device), cols.to(s.tensor.device)
         if s.path != 'grad': old[s.path] = s.tensor[i, j]
         given = (values or {}).get(s.path)
+        if given is None and values is not None and s.path.endswith('.age'): given = torch.full((len(i),), OLD)
         if given is None:
-            given = value.to(s.tensor) if s.power == 'value' else torch.zeros(len(i)).to(s.tensor) if value.any() == 0 else _row_peak(s, i)
+            given = value.to(s.tensor) if s.power == 'value' else _row_peak(s, i) if new else torch.zeros(len(i)).to(s.tensor)
         news.append(s.tensor.index_put((i, j), given.to(s.tensor)))
     self.store(slots, news)
+    if values is not None: self.settle(tensor)
     return [dict(op='entries', tensor=tensor, rows=rows, cols=cols, value=value, values=old)]
 
 def _row_peak(slot, rows):
-    "Moments of a new link of a dense layer: the first at zero, the second as large as any of its output's"
-    return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'like') else torch.zeros(len(rows)).to(slot.tensor)
+    "Moments of a new link of a dense layer: zero, and young where that is known; else the second as large as any of its output's"
+    return slot.tensor.abs().amax(1)[rows] if slot.fresh not in ('zero', 'age', 'like') else torch.zeros(len(rows)).to(slot.tensor)

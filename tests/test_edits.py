@@ -432,6 +432,20 @@ def test_disconnect_is_undone_bit_for_bit():
     replay(net, e.record.inverse(), o); assert same(image(net, o), before)
     with pytest.raises(ValueError, match='rows'): Disconnect('2', [9], [0]).apply(net, o, x)
 
+def test_a_new_entry_of_a_dense_layer_is_young():
+    "Its first step is that of a fresh Adam; undone, nothing is left of it"
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(32, 5)
+    adam = torch.optim.Adam(net.parameters(), lr=.01)
+    def step(): adam.zero_grad(); net(x).square().sum().backward(); adam.step()
+    for _ in range(20): step()
+    before = image(net, adam)
+    record = Connect('0', [1], [2], [.7]).apply(net, adam, x)
+    assert all(adam.state[net[0].weight][k][1, 2] == 0 for k in ('exp_avg', 'exp_avg_sq', 'age'))
+    replay(net, record.inverse(), adam); assert same(image(net, adam), before)
+    replay(net, record, adam); step()
+    assert abs(abs(net[0].weight[1, 2].item() - .7) - .01) < 1e-6
+
 @pytest.mark.parametrize('start', ['gradmax', 'tiny'])
 @pytest.mark.parametrize('act', [nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid])
 def test_closed_forms(start, act):
