@@ -498,3 +498,13 @@ def test_saved_state_is_small(digits):
     view, _ = live(digits)
     state = {k: v for k, v in view.get_state().items() if isinstance(v, (str, int, bool, list, dict))}
     assert len(json.dumps(state, default=str)) < 100_000
+
+def test_growth_of_links_is_on_the_time_line(digits):
+    from plasticity.credits import GrowthScheduler
+    from plasticity.extrema import Growth as Wiring
+    from plasticity.sparse_network import MinimalNetwork
+    f, wiring = Filming(steps=20), Wiring('random', GrowthScheduler(stabilization_epochs=1, growth_threshold=1, limits=False), patience=0)
+    Trainer(MinimalNetwork([64, 12, 10], .05), digits, lr=.05, device='cpu', callbacks=[wiring, f]).fit(8)
+    assert wiring.events
+    assert [e['text'] for e in f.film.edits] == [f"{e['connections_added']:+} links" for e in wiring.events]
+    assert len(f.film.pack()['edits']) == len(wiring.events)
