@@ -6,11 +6,11 @@
 __all__ = ['TRAININGS', 'POLICIES', 'GROWTHS', 'TRACKERS', 'SHOWN', 'PRESETS', 'DEMO', 'config_of', 'register_training',
            'register_policy', 'metric_options', 'task_options', 'logging_options', 'groups', 'ConfigError', 'building',
            'Experiment', 'standard', 'go', 'continual_learning', 'Record', 'trackers', 'flat', 'read_run',
-           'task_figures', 'write_report', 'summary', 'print_summary', 'plain_config', 'as_words', 'run_config',
-           'explain', 'run_line', 'main']
+           'task_figures', 'film_of_folder', 'live_part', 'write_report', 'summary', 'print_summary', 'plain_config',
+           'as_words', 'run_config', 'explain', 'run_line', 'main']
 
 # %% ../nbs/21_experiments.ipynb #402e742d
-import dataclasses, html, inspect, json, os, re, sys, typing
+import dataclasses, html, inspect, json, os, re, sys, typing, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .adaptive import adaptive
 from .cloning import cloning
 from .data import DATASETS, data_root, get_data
 from .extrema import extrema
+from .filming import Filming, film_of_run
 from .growing import grow
 from .metrics import report
 from .growth_plots import plot_river
@@ -226,6 +227,7 @@ class Record(Callback):
     order = 50
     def __init__(self, experiment):
         self.experiment, self.layers, self.path = experiment, [], experiment.folder/'metrics.jsonl'
+        self.film = None if experiment.config['resume'] else Filming(every=.5, share=.01, path=experiment.folder/'topology.json')
         o = experiment.options('metrics')
         self.every, self.size = o['metrics_frequency'], min(o['probe'], 64) if experiment.dry else o['probe']
         self.thresholds = dict(dead_fraction=dict(share=o['dead_threshold']), duplicate_fraction=dict(threshold=o['corr_threshold']),
@@ -236,13 +238,31 @@ class Record(Callback):
         lines = [dict(table='history', **r) for r in trainer.history] + [dict(table='layer', **r) for r in self.layers]
         write_atomic(self.path, ''.join(json.dumps(r) + '\n' for r in lines))
         if self.every and not trainer.history: self.measure(trainer)
+        self.watch('before_fit', trainer)
 
     def append(self, table, rows):
         with open(self.path, 'a') as f: f.write(''.join(json.dumps(dict(table=table, **r)) + '\n' for r in rows))
 
-    def on_log(self, trainer, row): self.append('history', [row])
+    def on_log(self, trainer, row):
+        self.append('history', [row])
+        self.watch('on_log', trainer, row)
     def after_epoch(self, trainer):
         if self.every and trainer.epoch % self.every == 0: self.measure(trainer)
+
+    def before_step(self, trainer): self.watch('before_step', trainer)
+    def after_step(self, trainer): self.watch('after_step', trainer)
+    def after_edit(self, trainer, record): self.watch('after_edit', trainer, record)
+    def on_growth(self, trainer, event, record): self.watch('on_growth', trainer, event, record)
+    def on_report(self, trainer, rows): self.watch('on_report', trainer, rows)
+    def after_fit(self, trainer): self.watch('after_fit', trainer)
+    def watch(self, event, *args):
+        "Let the film know; one that fails is given up, and the run goes on"
+        if self.film is None: return
+        try: getattr(self.film, event)(*args)
+        except Exception as e:
+            if self.film.own is not None: self.film.own.remove()
+            self.film = None
+            warnings.warn(f'no film of this run: {type(e).__name__}: {e}', stacklevel=2)
 
     def measure(self, trainer):
         "All metrics of all layers on the probe batch"
@@ -344,6 +364,30 @@ def task_figures(
     if len(rows) < 2: return out
     return [*out, ('What became of each task', plot_forgetting(told['matrix'], key), f'{key} on every task after learning each')]
 
+# %% ../nbs/21_experiments.ipynb #46317679
+def film_of_folder(
+    folder # of a run
+): # a packed film or a Film
+    """The film that a run took if it is there from the beginning to the end, else what its rows tell.
+    Raises: ValueError where they say nothing about layers"""
+    path, history = Path(folder)/'topology.json', read_run(folder)[1]
+    if path.exists():
+        film = json.loads(path.read_text())
+        if film['steps'] and film['steps'][0] == 0 and film['steps'][-1] >= max((r['step'] for r in history), default=0): return film
+    return film_of_run(folder)
+
+def live_part(
+    folder # of a run
+) -> str: # HTML; '' where there is nothing to see
+    "The network of a run over time, as a part of a page that works without network and kernel"
+    try:
+        from plasticity.widgets import TopologyView
+        view = TopologyView(film_of_folder(folder))
+        return view.fragment() if view.state['columns'] else ''
+    except Exception as e: # a finished run is not to fail for a picture of it
+        if not isinstance(e, ValueError): warnings.warn(f'no live view in the report: {type(e).__name__}: {e}', stacklevel=2)
+        return ''
+
 # %% ../nbs/21_experiments.ipynb #4989b094
 def write_report(
     folder # of a run
@@ -357,6 +401,7 @@ def write_report(
     if (Path(folder)/'tasks.json').exists():
         for section in task_figures(folder): show(*section)
     if history: show('Learning curves', plot_history(history), 'loss and accuracy over epochs, train and test')
+    if live := live_part(folder): parts += ['<h2>The network over time</h2>', live]
     if any(r.get('sizes') for r in history): show('Widths of the layers', plot_river(history), 'units of each layer over epochs')
     if layers:
         last = layers.where(step=layers[-1]['step'])

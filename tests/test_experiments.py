@@ -1,12 +1,12 @@
 "The command line, from outside: folders, words, errors, resuming."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from plasticity import experiments as ex
-from plasticity.training import Callback
+from plasticity.training import Callback, load_state
 
 QUICK = 'dryrun=true', 'logging.progress=false'
 
@@ -19,12 +19,13 @@ def command(*words, cwd, **kw):
 def test_a_run_leaves_its_folder(tmp_path):
     folder = run('training.seed=7', folder=tmp_path/'r')
     files = {p.name for p in folder.iterdir() if p.suffix != '.safetensors'}
-    assert files == {'config.json', 'metrics.jsonl', 'checkpoint.json', 'report.html'}
+    assert files == {'config.json', 'metrics.jsonl', 'checkpoint.json', 'report.html', 'topology.json'}
     config, history, layers = ex.read_run(folder)
     assert config['training']['seed'] == 7 and config['model']['name'] == 'mlp' and config['dryrun'] is True
     assert {r['split'] for r in history} == {'train', 'test'} and 'dead_fraction' in set(layers.column('metric'))
     page = (folder/'report.html').read_text()
-    assert page.count('src="data:image/') == 4 and 'http' not in page.replace('http://www.w3.org', '')
+    assert page.count('src="data:image/') == 5 and page.count('The network over time</h2>') == 1
+    assert 'http' not in page.replace('http://www.w3.org', '')
 
 @pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
 def test_every_model_on_small_images(model, tmp_path, monkeypatch):
@@ -172,9 +173,9 @@ def test_no_words_is_the_continual_run(tmp_path, monkeypatch, capsys):
     ex.main()
     folder = next((tmp_path/'outputs').iterdir())
     assert {p.name for p in folder.iterdir() if p.suffix != '.safetensors'} == {'config.json', 'metrics.jsonl', 'checkpoint.json',
-                                                                                'report.html', 'tasks.json'}
+                                                                                'report.html', 'tasks.json', 'topology.json'}
     page = (folder/'report.html').read_text()
-    assert page.count('src="data:image/') == 6 and 'Task by task' in page and 'What became of each task' in page
+    assert page.count('src="data:image/') == 7 and 'Task by task' in page and 'What became of each task' in page
     assert len(json.loads((folder/'tasks.json').read_text())['tasks']) == 3 and 'report.html' in capsys.readouterr().out
 
 @pytest.mark.parametrize('words', [('policy=redo', 'policy.every=3', 'policy.threshold=.5'), ('policy=head_reset', 'training=continual'),
@@ -182,3 +183,44 @@ def test_no_words_is_the_continual_run(tmp_path, monkeypatch, capsys):
 def test_remedies_are_policies(words, tmp_path):
     config = ex.read_run(run(*words, folder=tmp_path/'r'))[0]
     assert config[words[0].partition('=')[0]]['name'] == words[0].partition('=')[2]
+
+def test_a_film_is_in_no_checkpoint_and_old_runs_go_on(tmp_path):
+    words = 'logging.progress=false', 'model.hidden_sizes=[16]', 'training.epochs=2'
+    folder = run(*words, folder=tmp_path/'r', quick=())
+    film = json.loads((folder/'topology.json').read_text())
+    assert film['steps'][0] == 0 and film['steps'][-1] == ex.read_run(folder)[1][-1]['step']
+    assert [name for name, _ in load_state(folder)['callbacks']] == ['Record', 'Checkpoint']  # as before there were films
+    (folder/'topology.json').unlink()
+    ex.run_line(f'resume={folder}', 'training.epochs=2')
+    assert not (folder/'topology.json').exists() and 'The network over time</h2>' in (folder/'report.html').read_text()  # from its rows
+
+def test_a_film_that_lacks_a_part_is_not_shown(tmp_path):
+    folder = run(folder=tmp_path/'r')
+    film = json.loads((folder/'topology.json').read_text())
+    assert ex.film_of_folder(folder) == film
+    (folder/'topology.json').write_text(json.dumps(film | dict(steps=[s + 1 for s in film['steps']])))
+    assert not isinstance(ex.film_of_folder(folder), dict)
+
+def test_a_report_without_layers_or_with_a_failing_view_is_the_report_without(tmp_path, monkeypatch):
+    from plasticity.widgets import TopologyView
+    folder = run('metrics.metrics_frequency=0', folder=tmp_path/'r')
+    assert 'The network over time</h2>' in ex.write_report(folder).read_text()
+    def fails(self): raise RuntimeError('no picture')
+    with monkeypatch.context() as m:
+        m.setattr(TopologyView, 'fragment', fails)
+        with pytest.warns(UserWarning, match='no picture'): page = ex.write_report(folder).read_text()
+    assert 'The network over time' not in page and 'Learning curves' in page and 'Configuration' in page
+    (folder/'topology.json').unlink()
+    assert 'The network over time' not in ex.write_report(folder).read_text()
+    for bad in ('', '{}', '[1'):
+        (folder/'topology.json').write_text(bad)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            assert 'The network over time' not in ex.write_report(folder).read_text()
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_step', 'after_step', 'after_fit', 'take'])
+def test_a_run_outlives_its_film(event, tmp_path, monkeypatch):
+    def fails(self, *args, **options): raise RuntimeError('no film')
+    monkeypatch.setattr(ex.Filming, event, fails)
+    with pytest.warns(UserWarning, match='no film'): folder = run(folder=tmp_path/'r')
+    assert ex.read_run(folder)[1][-1]['epoch'] == 1 and (folder/'report.html').exists()

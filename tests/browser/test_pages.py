@@ -17,6 +17,13 @@ def test_report_needs_no_network(browser, run_folder):
     assert len(sizes) >= 2 and min(sizes) > 100
     assert page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
     assert 'mlp on digits' in page.inner_text('h1')
+    clock, slider = page.locator('.plv-clock'), page.locator('.plv-track input')
+    page.locator('.plv-stage svg text').first.wait_for()
+    end = clock.inner_text()
+    slider.focus(); page.keyboard.press('Home')
+    assert clock.inner_text().startswith('step 0') and clock.inner_text() != end
+    page.click('[data-view=health]')
+    assert page.get_attribute('[data-view=health]', 'aria-selected') == 'true' and errors == []
     page.close()
 
 @pytest.mark.parametrize('name', ['index.ipynb', '00_results.ipynb'])
