@@ -453,6 +453,8 @@ HELP = '''plasticity: train a network that is measured, and may change, while it
   plasticity --config file.json                     words from a file (a run's config.json, or part of one)
   plasticity resume=outputs/RUN                     go on where a run was stopped
   plasticity --multirun training.seed=1,2,3         several runs
+  plasticity --multirun --engine ray --folder sweeps/seeds training.seed=1,2,3
+                                                    the same on all machines of a Ray cluster (or: local), to be gone on with
   plasticity --import my.py model=mine              with what my.py registers
   plasticity training=continual policy=redo         one task after another, with a remedy
   plasticity growth=loss model.hidden_sizes=[8,8]   a network that grows when its loss stands still
@@ -568,7 +570,9 @@ def run_line(
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    words, done, failed = _expand(list(words)), [], []
+    words = list(words)
+    if engines := _take(words, '--engine'): return _sweep(words, engines[-1], (_take(words, '--folder') or ['sweep'])[-1])
+    words, done, failed = _expand(words), [], []
     _parse(words)
     _store()
     @hydra.main(config_path=None, config_name='config', version_base='1.3')
@@ -586,6 +590,12 @@ def run_line(
         else: os.environ['HYDRA_FULL_ERROR'] = full
     if failed: raise failed[0]
     return done[0] if len(done) == 1 else None
+
+def _sweep(words, engine, folder):
+    "Many runs whose result files are the only state: started again, it goes on with those that are missing"
+    from plasticity.sweeps import ENGINES, sweep_line
+    if engine not in ENGINES: raise ConfigError(f'--engine: got {engine!r}{did_you_mean(engine, ENGINES)}')
+    print(sweep_line(*[w for w in words if w not in ('--multirun', '-m')], engine=engine, folder=folder))
 
 def _parse(words):
     "Say which word Hydra's grammar cannot read"
@@ -622,7 +632,7 @@ def _take(words, flag):
     while any(w == flag or w.startswith(flag + '=') for w in words):
         i = next(i for i, w in enumerate(words) if w == flag or w.startswith(flag + '='))
         w = words.pop(i)
-        if w == flag and i == len(words): raise ConfigError(f'{flag}: takes a file')
+        if w == flag and i == len(words): raise ConfigError(f'{flag}: takes a value')
         values.append(words.pop(i) if w == flag else w.partition('=')[2])
     return values
 

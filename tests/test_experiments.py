@@ -224,3 +224,16 @@ def test_a_run_outlives_its_film(event, tmp_path, monkeypatch):
     monkeypatch.setattr(ex.Filming, event, fails)
     with pytest.warns(UserWarning, match='no film'): folder = run(folder=tmp_path/'r')
     assert ex.read_run(folder)[1][-1]['epoch'] == 1 and (folder/'report.html').exists()
+
+def test_a_sweep_from_the_command_line(tmp_path, capsys):
+    from plasticity.experiments import ConfigError, run_line
+    words = ['--multirun', '--engine', 'local', '--folder', str(tmp_path/'s'), 'training.seed=1,2', 'training=standard',
+             'training.epochs=1', 'model.hidden_sizes=[4]', 'logging.progress=false', 'dryrun=true', 'device=cpu']
+    assert run_line(*words) is None
+    said = capsys.readouterr().out
+    files = sorted((tmp_path/'s').rglob('*.json'))
+    assert len(files) >= 2 and 'done' in said
+    times = [f.stat().st_mtime_ns for f in files]
+    run_line(*words)
+    assert [f.stat().st_mtime_ns for f in files] == times     # nothing is run twice
+    with pytest.raises(ConfigError, match="--engine: got 'rya'; did you mean 'ray'"): run_line('--engine', 'rya', 'training.seed=1,2')
