@@ -12,7 +12,6 @@ __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP'
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
 import fnmatch, functools, itertools, math, sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,9 +30,16 @@ def unwrap(model):
     "The module that `torch.compile` wrapped, or `model` itself"
     return getattr(model, '_orig_mod', model)
 
-def eager():
+class eager:
     "Within, compiled code runs as it was written; nothing to do (and two seconds of import saved) where nothing is compiled"
-    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+    inside, stance = 0, None # of all that are open: two monitors of one model end in the order in which they began
+    def __enter__(self):
+        eager.inside += 1
+        if eager.stance is None and 'torch._dynamo' in sys.modules:
+            eager.stance = torch.compiler.set_stance('force_eager'); eager.stance.__enter__()
+    def __exit__(self, *_):
+        eager.inside -= 1
+        if not eager.inside and eager.stance is not None: eager.stance.__exit__(None, None, None); eager.stance = None
 
 def named_layers(model):
     "All submodules by name, without the wrappers of `torch.compile`; a model without submodules is its own only layer"

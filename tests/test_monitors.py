@@ -458,3 +458,10 @@ def test_on_a_gpu_the_additions_are_one_graph():
         for _ in range(5): nn.functional.cross_entropy(net(x), y).backward()
         banks = {p.slot.bank for p in m._plans.values()}
         assert all(b.graph is not None for b in banks) and all(s.n > 0 and torch.isfinite(s.sums).all() for s in m)
+
+def test_two_monitors_leave_the_compiler_on():
+    import torch._dynamo
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(8, 4)
+    with Monitor(net, every=1) as a, Monitor(net, every=2) as b:
+        for _ in range(4): net(x).sum().backward()
+    assert torch._dynamo.eval_frame._stance.stance == 'default' and len(a.stats) and len(b.stats)
