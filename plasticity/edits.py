@@ -77,7 +77,9 @@ def copied(
     sizes = {}
     for _, maps, n, copies in groups: sizes |= _sizes(model, maps, n, n + len(copies), extra)
     new = {g.name: torch.where(numbers(n, copies)[1] > 0)[0].tolist() for g, _, n, copies in groups}
-    return Plan(list(dict.fromkeys(t for _, maps, _, _ in groups for t, _ in maps)), run, sizes, moved=moved, info=dict(new=new))
+    lone = [(g, maps) for g, maps, n, _ in groups if n == 1 and any(pos.shape[1] > 1 for pos in maps.values())]
+    names = list(dict.fromkeys(t for _, maps, _, _ in groups for t, _ in maps))
+    return Plan(names, run, sizes, moved=moved, info=dict(new=new), lone=lone)
 
 @method(edit)
 def regrouped(self, g, maps, n, copies):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_examples', 'tensors_in', 'same_random', 'full_precision', 'same_state', 'quiet', 'relative', 'described',
-           'constant', 'stand_ins', 'standing_in', 'Trial', 'noise', 'settle', 'steady', 'substitute', 'promised',
-           'trial_of', 'hidden_sizes', 'differs', 'check', 'refuse']
+           'constant', 'stand_ins', 'standing_in', 'reseed', 'Trial', 'noise', 'settle', 'steady', 'substitute',
+           'promised', 'trial_of', 'hidden_sizes', 'differs', 'check', 'refuse']
 
 # %% ../nbs/07d_trial.ipynb #4c88e467
 import contextlib, itertools, math, random, sys, weakref
@@ -232,6 +232,12 @@ def standing_in(values):
         for t, v, g in old: t.data = v; t.grad = g
 
 # %% ../nbs/07d_trial.ipynb #4eb6d4e3
+def reseed():
+    "All generators that are in use at 0; `torch.manual_seed` asks every kind of device there is, which takes milliseconds"
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(0)
+    if torch.backends.mps.is_available(): torch.mps.manual_seed(0)
+
 class Trial:
     "The examples, run before and after an edit"
     def __init__(self,
@@ -250,7 +256,7 @@ class Trial:
         out = []
         for args, kwargs in self.calls:
             with quiet(self.model, branches):
-                torch.manual_seed(0)
+                reseed()
                 out += tensors_in(self.model(*_changed(args, fn), **_changed(kwargs, fn)))
         return [t.detach() for t in out]
 

@@ -616,3 +616,22 @@ def test_shared_parameters_are_edited_once():
     Widen('a', 2).apply(net, None, X)
     assert net.b.weight is net.a.weight and torch.allclose(net(X), y, atol=1e-5) and net.a.weight.shape == (6, 4)
     net.requires_grad_(True); train(net, torch.optim.Adam(net.parameters()), X)
+
+class Gated(nn.Module):
+    def __init__(self, units=1, bias=0.):
+        super().__init__()
+        self.up, self.mid, self.head = nn.Linear(3, 2*units), nn.Linear(units, 1), nn.Linear(1, 2)
+        nn.init.constant_(self.mid.bias, bias)
+    def forward(self, x): return self.head(torch.relu(self.mid(nn.functional.glu(self.up(x)))))
+
+def test_a_single_unit_whose_places_cannot_be_told_apart():
+    "One gated unit: value and gate stand side by side, and whether copies go behind each or behind both only the output tells"
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0); net = Gated(bias=-100.)           # its output shows nothing
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for edit_ in (Widen('up', 3), Widen('up', 2, start='zero'), Clone('up', 2)):
+        with pytest.raises(NotPreserved, match='up.*places'): edit_.apply(net, None, x)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net = Gated(2, bias=-100.); Widen('up', 1).apply(net, None, x)     # two units stand apart
+    assert net.up.weight.shape == (6, 3)
+    many = Gated(2, bias=100.); Widen('up', 1).apply(many, None, x)
