@@ -8,7 +8,7 @@ __all__ = ['Table', 'did_you_mean', 'method', 'stream_seed', 'generator', 'rando
            'saved_run', 'results_state', 'main']
 
 # %% ../nbs/00_results.ipynb #224a6431
-import ast, difflib, hashlib, inspect, io, json, linecache, os, random, subprocess, sys, textwrap, time, tokenize, types
+import ast, difflib, functools, hashlib, inspect, io, json, linecache, os, random, subprocess, sys, textwrap, time, tokenize, types, weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -184,9 +184,29 @@ def essence(
     return ''.join(b''.join(lines).decode().split())
 
 # %% ../nbs/00_results.ipynb #8fbe3417
+@functools.lru_cache(256)
+def _classes(path, _):
+    "The lines of a file, and where its classes are"
+    lines, found = linecache.getlines(path), {}
+    def look(node, name):
+        for n in ast.iter_child_nodes(node):
+            if isinstance(n, ast.ClassDef):
+                found[name + n.name] = min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1, n.end_lineno
+                look(n, f'{name}{n.name}.')
+            elif isinstance(n, ast.FunctionDef): look(n, f'{name}{n.name}.<locals>.')
+            elif hasattr(n, 'body'): look(n, name)
+    look(ast.parse(''.join(lines)), '')
+    return lines, found
+
 def _source(obj):
     "The source of a function or class, of a class in a notebook too (which `inspect` does not find)"
-    if not isinstance(obj, type) or obj.__module__ != '__main__': return inspect.getsource(obj)
+    if not isinstance(obj, type): return inspect.getsource(obj)
+    if obj.__module__ != '__main__':
+        path = inspect.getsourcefile(obj)
+        lines, found = _classes(path, os.path.getmtime(path) if os.path.exists(path) else 0) # `inspect` reads the whole file for each class
+        if obj.__qualname__ not in found: return inspect.getsource(obj)
+        a, b = found[obj.__qualname__]
+        return ''.join(lines[a:b])
     for fn in _codes(obj):
         text = ''.join(linecache.getlines(fn.__code__.co_filename))
         for n in ast.walk(ast.parse(text)) if text else ():
@@ -214,17 +234,25 @@ def _codes(obj):
     elif isinstance(obj, types.FunctionType): yield obj
 
 # %% ../nbs/00_results.ipynb #29e0a64d
+_ESSENCES = weakref.WeakKeyDictionary() # function or class of the package -> its essence: it is read from the file only once
+
+def _essence_of(obj):
+    "The essence of a function's or class's source"
+    if obj.__module__ == '__main__': return essence(_source(obj))
+    if obj not in _ESSENCES: _ESSENCES[obj] = essence(_source(obj))
+    return _ESSENCES[obj]
+
 def _reach(obj, seen):
     "Collect what `obj` depends on into `seen`: name -> essence"
     obj = inspect.unwrap(obj) if callable(obj) else obj
     key = f'{obj.__module__}.{obj.__qualname__}'
     if key in seen: return
-    try: seen[key] = essence(_source(obj))
+    try: seen[key] = _essence_of(obj)
     except OSError: return  # made by a decorator, as a dataclass's methods are: the class itself is hashed
     bases = obj.__bases__ if isinstance(obj, type) else ()
     found = [b for b in bases if _ours(b.__module__)]
     for fn in _codes(obj):
-        if hasattr(fn, '__added__') and _ours(fn.__module__): seen[f'{fn.__module__}.{fn.__qualname__}'] = essence(inspect.getsource(fn))
+        if hasattr(fn, '__added__') and _ours(fn.__module__): seen[f'{fn.__module__}.{fn.__qualname__}'] = _essence_of(fn)
         names = _names(fn.__code__)
         for n in names & fn.__globals__.keys():
             v = fn.__globals__[n]
