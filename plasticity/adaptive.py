@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parity_start', 'parity', 'SkipMLP', 'AdaptiveMLP', 'parity_network', 'line', 'remove_layer', 'Measured', 'FullLayers',
-           'IdleUnits', 'WeakUnits', 'AffineLayers', 'WeakWeights', 'adaptation', 'adaptive', 'Averages',
-           'FakeQuantize', 'Masks', 'RemoveLayer', 'Schedule', 'Scheduled', 'affine_fit', 'fake_quantize', 'importance',
-           'latencies', 'load_quantized', 'macs', 'prune_units', 'quantized', 'save_quantized']
+           'IdleUnits', 'WeakUnits', 'AffineLayers', 'WeakWeights', 'adaptation', 'adaptive', 'FakeQuantize', 'Masks',
+           'RemoveLayer', 'Schedule', 'Scheduled', 'affine_fit', 'fake_quantize', 'importance', 'latencies',
+           'load_quantized', 'macs', 'prune_units', 'quantized', 'save_quantized']
 
 # %% ../nbs/16_adaptive.ipynb #111d6355
 import copy, math
@@ -25,14 +25,14 @@ from .quantization import (FakeQuantize, fake_quantize, latencies, load_quantize
                                      save_quantized)
 from .removal import RemoveLayer, affine_fit, removable
 from .results import did_you_mean, generator, method, seeded
-from .schedules import OF, Averages, Schedule, Scheduled, as_schedule
+from .schedules import OF, Averaging, Schedule, Scheduled, as_schedule
 from .surgery import Surgeon
 from .training import evaluating
 from .trial import relative
 from .units import NotPreserved
 
 # %% ../nbs/16_adaptive.ipynb #f56c1406
-_all_ = ['Averages', 'FakeQuantize', 'Masks', 'RemoveLayer', 'Schedule', 'Scheduled', 'affine_fit', 'fake_quantize', 'importance',
+_all_ = ['FakeQuantize', 'Masks', 'RemoveLayer', 'Schedule', 'Scheduled', 'affine_fit', 'fake_quantize', 'importance',
          'latencies', 'load_quantized', 'macs', 'prune_units', 'quantized', 'save_quantized']
 
 # %% ../nbs/16_adaptive.ipynb #62142a73
@@ -183,26 +183,13 @@ def _repeat(self, structure):
     Expandable._repeat(self, structure)
 
 # %% ../nbs/16_adaptive.ipynb #9c9c627a
-class Measured(Scheduled):
+class Measured(Averaging):
     "A policy that asks moving averages of the activations"
-    def __init__(self,
-        schedule, # a `Schedule`, or a number of steps
-        decay:float=.99 # of the averages, per measured batch
-    ):
-        super().__init__(schedule)
-        self.averages = Averages(decay=decay, every=min(10, self.schedule.every))
-
     def before_fit(self, trainer):
         if not isinstance(trainer.model, Expandable):
             raise TypeError(f'model: got a {type(trainer.model).__name__}, takes an expandable network; '
                             'plasticity.growing.grow(model, x) makes one')
-        super().before_fit(trainer); self.averages.before_fit(trainer)
-    def before_step(self, trainer): self.averages.before_step(trainer)
-    def after_step(self, trainer): self.averages.after_step(trainer); super().after_step(trainer)
-    def after_fit(self, trainer): self.averages.after_fit(trainer)
-    def renewed(self): self.averages.renewed()
-    def state_dict(self): return super().state_dict() | dict(averages=self.averages.state_dict())
-    def load_state_dict(self, state): super().load_state_dict(state); self.averages.load_state_dict(state['averages'])
+        super().before_fit(trainer)
 
     def measured(self, network): # [(number, layer, name of what was measured)]
         "The layers whose activations have been measured"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OF', 'Schedule', 'as_schedule', 'due', 'note', 'UnitAverages', 'active_share', 'Averages', 'update', 'share', 'full',
            'before_fit', 'before_step', 'after_step', 'after_fit', 'renewed', 'state_dict', 'load_state_dict',
-           'Scheduled', 'followers', 'carry_out', 'said']
+           'Scheduled', 'followers', 'Averaging', 'carry_out', 'said']
 
 # %% ../nbs/15a_schedules.ipynb #919cdaaf
 import torch
@@ -250,6 +250,24 @@ class Scheduled(Callback):
 def followers(trainer): # dicts of tensors that follow the weights
     "What callbacks keep for each weight, and what has to change its shape with it"
     return [f for c in trainer.callbacks for f in getattr(c, 'follows', ())]
+
+# %% ../nbs/15a_schedules.ipynb #53f0a33b
+class Averaging(Scheduled):
+    "A policy that asks moving averages of what the units do"
+    def __init__(self,
+        schedule, # a `Schedule`, or a number of steps
+        decay:float=.99 # of the averages, per measured batch
+    ):
+        super().__init__(schedule)
+        self.averages = Averages(decay=decay, every=min(10, self.schedule.every))
+
+    def before_fit(self, trainer): super().before_fit(trainer); self.averages.before_fit(trainer)
+    def before_step(self, trainer): self.averages.before_step(trainer)
+    def after_step(self, trainer): self.averages.after_step(trainer); super().after_step(trainer)
+    def after_fit(self, trainer): self.averages.after_fit(trainer)
+    def renewed(self): self.averages.renewed()
+    def state_dict(self): return super().state_dict() | dict(averages=self.averages.state_dict())
+    def load_state_dict(self, state): super().load_state_dict(state); self.averages.load_state_dict(state['averages'])
 
 # %% ../nbs/15a_schedules.ipynb #7fc341d3
 @method(Scheduled)

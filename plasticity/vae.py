@@ -19,7 +19,7 @@ from .models import register_model
 from .pruning import macs
 from .quantization import FakeQuantize
 from .results import Table, did_you_mean, generator, method
-from .schedules import Averages, Schedule, Scheduled, as_schedule
+from .schedules import Averaging, Schedule, as_schedule
 from .starts import sources
 from .surgery import kept_sizes
 from .training import Callback, Trainer, evaluating
@@ -141,25 +141,12 @@ def prune(self,
     return session.record
 
 # %% ../nbs/19_vae.ipynb #4edc7042
-class Watching(Scheduled):
+class Watching(Averaging):
     "A policy that asks moving averages of channels and latent dimensions"
-    def __init__(self,
-        schedule, # a `Schedule`, or a number of steps
-        decay:float=.99 # of the averages, per measured batch
-    ):
-        super().__init__(schedule)
-        self.averages = Averages(decay=decay, every=min(10, self.schedule.every))
-
     def before_fit(self, trainer):
         if not isinstance(trainer.model, AdaptiveVAE): raise TypeError(f'model: got a {type(trainer.model).__name__}, takes an AdaptiveVAE')
         self.averages.layers = [*trainer.model.stages.values(), 'mu']
-        super().before_fit(trainer); self.averages.before_fit(trainer)
-    def before_step(self, trainer): self.averages.before_step(trainer)
-    def after_step(self, trainer): self.averages.after_step(trainer); super().after_step(trainer)
-    def after_fit(self, trainer): self.averages.after_fit(trainer)
-    def renewed(self): self.averages.renewed()
-    def state_dict(self): return super().state_dict() | dict(averages=self.averages.state_dict())
-    def load_state_dict(self, state): super().load_state_dict(state); self.averages.load_state_dict(state['averages'])
+        super().before_fit(trainer)
 
     def watched(self, model): # (group, averages)
         "What has been measured since the last change of its size"
