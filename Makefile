@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lab docs clean
+.PHONY: demo test notebooks lab docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed ## train a network on one task after another (permuted 
 
 test: $(VENV)/.installed-dev ## every check that CI runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/ci.sh
+
+notebooks: $(VENV)/.installed-dev ## run every notebook in a real JupyterLab and a headless Chromium (about half an hour on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ALL_NOTEBOOKS=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/browser/test_pages.py -k notebook_runs
 
 lab: $(VENV)/.installed-dev ## open the notebooks
 	$(BIN)/jupyter lab nbs

@@ -1,5 +1,11 @@
-"Pages as a reader opens them: the report of a run with no network, and notebooks in JupyterLab."
+"Pages as a reader opens them: the report of a run with no network, and notebooks in JupyterLab (`make notebooks`: all of them)."
+import os
+from pathlib import Path
+
 import pytest
+
+NBS = Path(__file__).parents[2]/'nbs'
+ALL = [str(p.relative_to(NBS)) for p in sorted(NBS.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
 
 @pytest.fixture(scope='session')
 def run_folder(tmp_path_factory):
@@ -26,6 +32,6 @@ def test_report_needs_no_network(browser, run_folder):
     assert page.get_attribute('[data-view=health]', 'aria-selected') == 'true' and errors == []
     page.close()
 
-@pytest.mark.parametrize('name', ['index.ipynb', '00_results.ipynb'])
+@pytest.mark.parametrize('name', ALL if os.environ.get('ALL_NOTEBOOKS') else ['index.ipynb', '00_results.ipynb'])
 def test_notebook_runs(notebook, name):
     notebook(name)
