@@ -425,10 +425,10 @@ def places(n): # how many of the last dimensions are places
 
 POOLS = '''max_pool avg_pool _adaptive_avg_pool adaptive_avg_pool adaptive_max_pool fractional_max_pool mkldnn_max_pool max_unpool
 mkldnn_adaptive_avg_pool reflection_pad replication_pad upsample_nearest _upsample_nearest_exact'''.split()
-for n in (1, 2, 3): rule(*(f'{p}{n}d{s}' for p in POOLS for s in ('', '_with_indices')))(places(n))
 rule('upsample_linear1d')(places(1))
 rule('upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d cudnn_grid_sampler')(places(2))
 rule('upsample_trilinear3d grid_sampler_3d')(places(3))
+for n in (1, 2, 3): rule(*(f'{p}{n}d{s}' for p in POOLS for s in ('', '_with_indices')))(places(n))
 
 # %% ../nbs/06b_oprules.ipynb #2fc31d45
 @rule('pixel_shuffle pixel_unshuffle')
