@@ -291,6 +291,7 @@ def from_gpt2(
     source # a folder with config.json and model.safetensors, a GPT2LMHeadModel, or a name for the network
 )->GPT:
     """A GPT with the weights of GPT-2, in evaluation mode.
+    Raises: ValueError for a variant that computes something else
     Source: Radford et al. 2019, in the format of Hugging Face's transformers"""
     if hasattr(source, 'state_dict'): config, state = source.config.to_dict(), source.state_dict()
     elif (Path(source)/'config.json').is_file():
@@ -301,8 +302,12 @@ def from_gpt2(
         except ImportError as e: raise ImportError('from_gpt2: takes a folder with config.json, or pip install transformers') from e
         return from_gpt2(GPT2LMHeadModel.from_pretrained(source))
     acts = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh')
+    plain = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for k, v in plain.items():
+        if config.get(k, v) != v: raise ValueError(f'source: its config has {k}={config[k]}, takes a GPT-2 with {k}={v}')
     model = GPT((config['n_positions'],), config['vocab_size'], config['n_embd'], config['n_layer'], config['n_head'],
-                ff_size=config.get('n_inner'), activation=acts.get(act := config['activation_function'], act))
+                ff_size=config.get('n_inner'), activation=acts.get(act := config['activation_function'], act),
+                tied=config.get('tie_word_embeddings', True))
     ours = {_from_gpt2_name(k): v.T if k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else v for k, v in state.items()}
     ours.pop(None, None)
     model.load_state_dict({'head.weight': ours['tok.weight']} | ours)

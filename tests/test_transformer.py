@@ -35,6 +35,26 @@ def test_equal_to_gpt2_from_files(hugging, tmp_path):
     x = tokens(20, 1, 97)
     with torch.no_grad(): assert (from_gpt2(tmp_path)(x) - hugging(x).logits).abs().max() < 1e-4
 
+@pytest.mark.parametrize('options', [dict(tie_word_embeddings=False),
+                                     dict(n_inner=20, activation_function='relu', layer_norm_epsilon=1e-2)])
+def test_equal_to_other_gpt2(options, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is missing: pip install transformers to compare with its GPT-2')
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, initializer_range=.3, bos_token_id=0,
+                                     eos_token_id=1, **options)
+    theirs, x = transformers.GPT2LMHeadModel(config).eval(), tokens(20, 2, 61)
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for m in (from_gpt2(theirs), from_gpt2(tmp_path)):
+            assert (m(x) - theirs(x).logits).abs().max() < 1e-4 and m.tied == config.tie_word_embeddings
+
+@pytest.mark.parametrize('option', [dict(scale_attn_weights=False), dict(scale_attn_by_inverse_layer_idx=True),
+                                    dict(add_cross_attention=True)])
+def test_refuses_what_computes_something_else(option):
+    transformers = pytest.importorskip('transformers', reason='transformers is missing: pip install transformers to compare with its GPT-2')
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1, **option)
+    with pytest.raises(ValueError, match=next(iter(option))): from_gpt2(transformers.GPT2LMHeadModel(config))
+
 def test_greedy_text_of_gpt2(hugging):
     from plasticity.generation import generate
     x = tokens(5, 1, 97)
