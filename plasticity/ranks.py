@@ -7,7 +7,7 @@ __all__ = ['BROKEN', 'Ranks', 'join', 'on_ranks', 'free_port']
 
 # %% ../nbs/21a_ranks.ipynb #5e1933a5
 import atexit, os, socket, time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -23,6 +23,17 @@ class Ranks:
     @property
     def main(self): return self.rank == 0
     def share(self, n): return len(range(self.rank, n, self.world)) # rows of a batch of n that are this rank's
+    def told(self, v): # anything that can be pickled -> rank 0's, on all ranks
+        box = [v]
+        if self.world > 1: dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+    @contextmanager
+    def first(self):
+        "Within, rank 0 is ahead of the others: what it downloads, they find"
+        if self.world > 1 and not self.main: dist.barrier()
+        try: yield
+        finally:
+            if self.world > 1 and self.main: dist.barrier()
     def __repr__(self): return f'rank {self.rank} of {self.world} on {self.device}'
 
 def join(
