@@ -359,30 +359,35 @@ def spirals(
     return _divide(x, y, n//5, seed)
 
 # %% ../nbs/01_data.ipynb #818e8c14
+def _said(name, path):
+    "The path that somebody has to give"
+    if path is None: raise TypeError(f'{name}: needs the option path=')
+    return path
+
 @register_data('npz')
 def npz(
     root, # the data root
-    path # of the file
+    path:str=None # of the file; has to be said
 ):
     "Any .npz with x_train, y_train, x_test, y_test"
-    if not Path(path).is_file(): raise DataMissing(f'path: there is no file {path}')
+    if not Path(_said('npz', path)).is_file(): raise DataMissing(f'path: there is no file {path}')
     return from_npz(path, root)
 
 # %% ../nbs/01_data.ipynb #d3ed5dc8
-def _folder_labels(root, split, path, size=None):
+def _folder_labels(root, split, path=None, size=None):
     "Class numbers from the folders' names"
-    train, test, classes = image_splits(path)
+    train, test, classes = image_splits(_said('image_folder', path))
     return list_images(train if split == 'train' else test, classes)[1]
 
 @register_data('image_folder', labels=_folder_labels)
 def image_folder(
     root, # the data root
-    path, # a folder with train/ and test/ (or val/), each with a folder for each class
+    path:str=None, # a folder with train/ and test/ (or val/), each with a folder for each class; has to be said
     size=None # pixels, one number or (height, width); none: all images have one size already
 ):
     "Any folder of images"
     if size is not None: size = tuple(_whole('size', s, 1) for s in (size if isinstance(size, (tuple, list)) else (size, size)))
-    return folder_arrays(root, 'image_folder', *image_splits(path), size)
+    return folder_arrays(root, 'image_folder', *image_splits(_said('image_folder', path)), size)
 
 # %% ../nbs/01_data.ipynb #ee266523
 def get_labels(

@@ -79,9 +79,12 @@ def did_you_mean(
     options # what there is
 ) -> str: # the end of an error message
     "The nearest of `options`, or all of them"
-    options = [str(o) for o in options]
-    near = difflib.get_close_matches(str(name), options, 1)
-    return f'; did you mean {near[0]!r}?' if near else f"; there are: {', '.join(options)}"
+    name, options = str(name), [str(o) for o in options]
+    start = len(os.path.commonprefix([name, *options]).rpartition('.')[0]) # what all have before a dot makes none nearer
+    within = {o[start:].lower(): o for o in reversed(options)}
+    last = [o for o in options if o.lower().endswith('.' + name.lower())]
+    near = last or [within[k] for k in difflib.get_close_matches(name[start:].lower(), within, 1)]
+    return f'; did you mean {near[0]!r}?' if near else f"; there are: {', '.join(options)}" if options else ''
 
 # %% ../nbs/00_results.ipynb #57df460d
 def method(

@@ -750,7 +750,8 @@ def _pick(self, snapshot):
         now = self._entries.get(snapshot.id)
         if now is None or now['hidden']: raise SnapshotError(f'{self.folder}: snapshot {snapshot.id} is not there any more')
         return now
-    return self._entries[self[snapshot].id]
+    i = self[snapshot].id # looks into the folder, and may find other entries there
+    return self._entries[i]
 
 def _made(model, spec):
     "A model from what the caller gave"

@@ -1,5 +1,5 @@
 "Data, files and augmentation: the cases at the edges"
-import functools, gzip, hashlib, http.server, io, pickle, shutil, subprocess, sys, threading, zipfile
+import functools, gzip, hashlib, http.server, io, json, pickle, shutil, subprocess, sys, threading, zipfile
 
 import numpy as np
 import pytest
@@ -357,7 +357,9 @@ def test_unknown_names_and_options(tmp_path):
     with pytest.raises(ValueError, match=r"'mnst'; did you mean 'mnist'.*cifar10.*nor is there .*mnst.npz"): get_data('mnst', tmp_path)
     with pytest.raises(ValueError, match='there are: .*digits'): get_data('qqqqqq', tmp_path)
     with pytest.raises(TypeError, match='it takes none|no option'): get_data('mnist', tmp_path, size=3)
-    with pytest.raises(TypeError, match='needs the option path='): get_data('image_folder', tmp_path)
+    for name in ('npz', 'image_folder'):
+        for ask in (get_data, get_labels):
+            with pytest.raises(TypeError, match=f'{name}: needs the option path='): ask(name, root=tmp_path)
     with pytest.raises(ValueError, match='device'): get_data('digits', device='gpu')
     with pytest.raises(ValueError, match='split'): get_labels('digits', 'valid')
 
@@ -489,6 +491,18 @@ def test_image_folder(tmp_path, second):
     assert (get_data('image_folder', tmp_path, path=f).x_train[4] == 9).all()
     Image.new('RGB', (7, 5)).save(f/'train/b/2.png')
     assert len(get_data('image_folder', tmp_path, path=f).x_train) == 6
+
+
+@pytest.mark.parametrize('kind', ['npz', 'image_folder'])
+def test_files_of_ones_own_on_the_command_line(tmp_path, kind):
+    from plasticity.experiments import ConfigError, run_line
+    path = tmp_path/('own.npz' if kind == 'npz' else 'own')
+    if kind == 'npz': write_npz(path)
+    else: folder(path)
+    words = f'dataset={kind}', 'dryrun=true', 'device=cpu', 'logging.progress=false', f'hydra.run.dir={tmp_path}/run'
+    run = run_line(*words, f"dataset.path='{path}'")
+    assert json.loads((run/'config.json').read_text())['dataset']['path'] == str(path)
+    with pytest.raises(ConfigError, match=f'{kind}: needs the option path='): run_line(*words)
 
 
 def test_image_folder_labels_open_no_image(tmp_path):

@@ -143,6 +143,12 @@ def test_method_and_suggestions():
     def go(self): return 3
     assert A().go() == 3 and go.__qualname__.endswith('A.go')
     assert "did you mean 'relu'" in did_you_mean('rellu', ['relu', 'tanh']) and 'there are: a, b' in did_you_mean('zzz', 'ab')
+    assert did_you_mean('zzz', []) == '' and "'redo'" in did_you_mean('ReDo', ['none', 'redo']) and "'b'" in did_you_mean('b.', ['ab', 'b'])
+    words = ['optimizer', 'optimizer.lr', 'optimizer.reinit_optimizer', 'optimizer.amsgrad', 'training.epochs']
+    for said, meant in dict(lr='optimizer.lr', Epochs='training.epochs', optimzer='optimizer').items():
+        assert did_you_mean(said, words) == f'; did you mean {meant!r}?'
+    assert did_you_mean('optimizer.learning_rate', words[1:4]) == '; there are: ' + ', '.join(words[1:4])
+    assert did_you_mean('optimizer.amsgard', words[1:4]) == "; did you mean 'optimizer.amsgrad'?"
 
 def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
     write_atomic(tmp_path/'f', 'one')

@@ -185,6 +185,11 @@ def test_a_killed_writer_leaves_every_snapshot_it_reported_and_no_half_one(tmp_p
         total += len(new)
     assert total > kills
 
+def test_a_store_is_read_by_place_at_once(tmp_path):
+    model, store = small(), SnapshotStore(tmp_path/'a', sync=False)
+    store.save(model); store.close()
+    for place in (-1, 0): assert image(SnapshotStore(tmp_path/'a').load(place)) == image(model)   # the first thing asked of it
+
 def test_a_torn_line_of_the_index_and_missing_lines_cost_nothing(tmp_path):
     store, model = SnapshotStore(tmp_path/'a', sync=False), small()
     for k in range(4):
