@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'UNIT', 'SHADES', 'NOTHING', 'LOOKS', 'LINKS', 'cells', 'Column', 'group_columns', 'tensor_columns',
-           'sparse_columns', 'weigh', 'Film', 'add', 'numbers', 'aligned', 'scale_of', 'shades', 'numbers_of', 'pack',
-           'unpack']
+           'sparse_columns', 'weigh', 'Film', 'add', 'numbers', 'aligned', 'scale_of', 'shades', 'numbers_of',
+           'in_order', 'pack', 'unpack']
 
 # %% ../nbs/19w_film.ipynb #92fb56ec
 import base64, json, math, zlib
@@ -244,6 +244,19 @@ def _over_time(a): # (rows, frames) uint8
     "The difference to the frame before"
     return np.diff(a, axis=1, prepend=np.uint8(0)).astype(np.uint8)
 
+# %% ../nbs/19w_film.ipynb #827ff9cd
+def in_order(
+    rows # lists of names, the oldest first
+) -> list:
+    "All names, in the order of the last list; one that it lacks stands where it last stood"
+    out = []
+    for row in dict.fromkeys(map(tuple, reversed(list(rows)))):
+        at = 0
+        for k in row:
+            if k in out: at = out.index(k) + 1
+            else: out.insert(at, k); at += 1
+    return out
+
 # %% ../nbs/19w_film.ipynb #95cc82eb
 @method(Film)
 def pack(self,
@@ -252,7 +265,7 @@ def pack(self,
     "The film as plain data, as much of it as fits"
     if not self.frames: raise ValueError('film: it has no frames')
     last = self.frames[-1]
-    names = list(dict.fromkeys(k for f in self.frames[::max(1, len(self)//50)] + [last] for k in f['n']))
+    names = in_order(f['n'] for f in self.frames[::max(1, len(self)//50)] + [last])
     wide = {k: max(f['n'].get(k, 0) for f in self.frames) for k in names}
     ways, out, share = self._ways(wide), None, 1.
     for frames, most in ways:
@@ -292,9 +305,10 @@ def _packed(self, frames, most, names, wide):
     layers, health, more = _health(fs)
     twins, links, rest = _extras(fs, names, cap)
     data = b''.join(p.tobytes() for p in [*planes, *more, *rest])
-    steps, text = [f['step'] for f in fs], base64.b64encode(zlib.compress(data, 9)).decode()
+    steps, text, now = [f['step'] for f in fs], base64.b64encode(zlib.compress(data, 9)).decode(), list(fs[-1]['n'])
+    arrows = [[names.index(now[i]) for i in a] for a in self.arrows if max(a) < len(now)]
     return dict(version=1, title=self.title, steps=steps, epochs=[f['epoch'] for f in fs], columns=columns, metrics=scales, layers=layers,
-                health=health, arrows=[list(a) for a in self.arrows if max(a) < len(names)], edits=_marks(self.edits, steps, names),
+                health=health, arrows=arrows, edits=_marks(self.edits, steps, names),
                 ids=_numbers(fs, names, cap), twins=twins, links=links, shades=SHADES, data=text)
 
 # %% ../nbs/19w_film.ipynb #56217069
@@ -313,7 +327,8 @@ def _column(fs, m, name, cap, scale):
 def _health(fs):
     "Layers, metrics with their scales, and bytes: what the numbers are and how bad that is"
     rows = [(j, r) for j, f in enumerate(fs) for r in f['health'] if r.get('value') is not None]
-    layers, metrics = (list(dict.fromkeys(r[k] for _, r in rows)) for k in ('layer', 'metric'))
+    layers = in_order([r['layer'] for r in f['health'] if r.get('value') is not None] for f in fs)
+    metrics = list(dict.fromkeys(r['metric'] for _, r in rows))
     out, planes = [], []
     for m in metrics:
         v, bad = (np.full((len(layers), len(fs)), np.nan) for _ in range(2))
@@ -344,7 +359,9 @@ def _extras(fs, names, cap):
     links = []
     for j in changes:
         a = np.asarray(fs[j]['links'], dtype=float).reshape(-1, 5)[:LINKS].copy()
+        at = np.array([names.index(k) for k in fs[j]['n']])
         for col, cell in ((0, 1), (2, 3)):
+            a[:, col] = at[a[:, col].astype(int)]
             have = np.array([min(fs[j]['n'].get(k, 1), CELLS) for k in names])[a[:, col].astype(int)]
             now = np.array([min(fs[j]['n'].get(k, 1), cap[k]) for k in names])[a[:, col].astype(int)]
             a[:, cell] = np.minimum(a[:, cell]*now//have, now - 1)

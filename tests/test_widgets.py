@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 pytest.importorskip('anywidget')
 import plasticity.filming as filming_module
 from plasticity.data import get_data
-from plasticity.film import NOTHING, Column, Film, aligned, cells, numbers_of, shades, tensor_columns, unpack
+from plasticity.film import NOTHING, Column, Film, aligned, cells, in_order, numbers_of, shades, tensor_columns, unpack
 from plasticity.filming import Filming, film_of
 from plasticity.growing import grow
 from plasticity.models import make_model
@@ -144,6 +144,23 @@ def test_widths_beyond_two_bytes():
     film = Film()
     film.add(0, [Column('a', 70_000)], dict(incoming=dict(a=np.ones(70_000))))
     assert unpack(film.pack())['n'].tolist() == [[70_000]]
+
+@given(st.lists(st.permutations(range(6)).map(lambda p: p[:4]), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_columns_are_in_the_order_of_the_last_frame(rows):
+    order = in_order(rows)
+    assert sorted(order) == sorted({k for r in rows for k in r}) and [k for k in order if k in rows[-1]] == list(rows[-1])
+
+def test_a_layer_that_comes_between_is_drawn_between(digits):
+    f, net = Filming(steps=1), grow(make_model('mlp', digits.shape, 10, hidden_sizes=[4, 5]))
+    t = Trainer(net, digits, lr=3e-3, device='cpu', eval_every=0, callbacks=[f]).fit(steps=3)
+    net.attach(t.optimizer); net.expand_depth(1, 6)
+    t.fit(steps=3)
+    p = f.film.pack()
+    d, names = unpack(p), [c['name'] for c in p['columns']]
+    assert d['n'][:, -1].tolist() == [4, 6, 5, 10] and d['n'][:, 0].tolist() == [4, 0, 5, 10]
+    assert sorted(map(tuple, p['arrows'])) == [(0, 1), (1, 2), (2, 3)]
+    assert p['layers'] == [k for k in names if k in p['layers']] and len(p['layers']) == 4
 
 def test_an_empty_film_has_nothing_to_pack():
     with pytest.raises(ValueError, match='film: it has no frames'): Film().pack()
