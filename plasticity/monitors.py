@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOT_UNITS', 'ACTIVATIONS', 'DEFAULT_LAYERS', 'FIRST', 'LAST', 'KEEP', 'MOST_VALUES', 'MOST_IMAGES', 'SUMS',
-           'MOST_CAPTURED', 'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select', 'unit_axis', 'spread',
-           'row_index', 'take_images', 'places', 'rows_view', 'take_rows', 'copied', 'grad_sums', 'unit_sums',
-           'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record', 'runs', 'Layout', 'totals', 'accumulate',
-           'Slot', 'Bank', 'capture', 'record', 'stats_of', 'Watch', 'first_tensor', 'Known', 'Monitor', 'attach',
-           'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit', 'state_dict', 'load_state_dict']
+           'IN_CACHE', 'MOST_CAPTURED', 'MOST_CALLS', 'FIELDS', 'unwrap', 'eager', 'named_layers', 'select',
+           'unit_axis', 'spread', 'row_index', 'take_images', 'map_images', 'peak', 'places', 'rows_view', 'take_rows',
+           'copied', 'grad_sums', 'unit_sums', 'activation_bounds', 'LayerStats', 'size', 'new_stats', 'Record', 'runs',
+           'Layout', 'totals', 'accumulate', 'Slot', 'Bank', 'capture', 'record', 'stats_of', 'Watch', 'first_tensor',
+           'Known', 'Monitor', 'attach', 'remove', 'before_fit', 'before_step', 'after_backward', 'after_fit',
+           'state_dict', 'load_state_dict']
 
 # %% ../nbs/04_monitors.ipynb #b57f5ebf
 import fnmatch, functools, itertools, math, sys
@@ -117,6 +118,18 @@ def take_images(h, rows=None):
     "Evenly spread images of a map, all their positions: at most 64 and four million values, all images if `rows` is None"
     images = len(h) if rows is None else max(1, min(len(h), MOST_IMAGES, MOST_VALUES*len(h) // h.numel()))
     return h if images == len(h) else h[::-(-len(h) // images)]
+
+def map_images(h, axis, rows=None, all_images=False):
+    "The images of a map to be looked at everywhere; None for what is no map, and where the rows show as many whole images"
+    if axis != 1 or h.ndim < 3: return None
+    images = take_images(h, None if all_images else rows)
+    seen = len(h) if rows is None else min(rows, MOST_VALUES // max(1, h.shape[1]))
+    return None if h.shape[2:].numel() == 1 and seen >= len(images) else images
+
+def peak(h, dims, out=None):
+    "The largest |h| over some dimensions: in one launch, or on a CPU by two reductions, which are vectorised there"
+    if h.device.type == 'cpu': return torch.maximum(h.amax(dims).abs_(), h.amin(dims).abs_(), out=out)
+    return torch.linalg.vector_norm(h, math.inf, dims, out=out) # with out= in its type, also under autocast
 
 def places(h, axis):
     "(units, samples, positions) of a tensor and their strides, or None where the positions are not evenly apart"
@@ -303,6 +316,8 @@ class Layout:
         self.grams = [v for v in runs(kinds) if v[0] is not None]              # layers of one width; a choice of units stands alone
 
 # %% ../nbs/04_monitors.ipynb #587a2dd4
+IN_CACHE = 2**16 # values that a CPU takes together
+
 def totals(
     layout, # of the records
     x, # (rows, units of all layers)
@@ -314,12 +329,14 @@ def totals(
     "What all layers of one kind add to their states"
     s, at, active, largest = layout.stats, layout.at, [], []
     x = x.to(s.sums.dtype)
-    a = x.abs()
-    sums = unit_sums(x, a, None if g is None else g.to(x), batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation)
+    wide = max(1, IN_CACHE // len(x)) if x.device.type == 'cpu' else x.shape[1]
+    parts = zip(x.split(wide, 1), itertools.repeat(None) if g is None else g.split(wide, 1), strict=False)
+    last = batch, 1. if scale is None else scale, s.bounds, s.zero, s.saturation
+    sums = torch.cat([unit_sums(u, u.abs(), v if v is None else v.to(x), *last) for u, v in parts], 1)
     for (images, i, j), top in zip(layout.tops, tops, strict=True):
         if images is not None: top = top.to(x.dtype)
         active.append(len(x) - sums[SUMS.index('zeros'), at[i]:at[j]] if images is None else (~(top < s.zero)).sum(0, dtype=x.dtype))
-        largest.append((a[:, at[i]:at[j]] if images is None else top).amax(0))
+        largest.append((x[:, at[i]:at[j]].abs() if images is None else top).amax(0))
     return sums, *(v[0] if len(v) == 1 else torch.cat(v) for v in (active, largest)), [_grams(layout, x, *run) for run in layout.grams]
 
 def _grams(layout, x, key, i, j):
@@ -468,9 +485,8 @@ def capture(self):
 def record(stats, h, axis, rows=None, all_images=False):
     "A `Record` of activations `h` for `stats`: rows, and for maps the largest |h| of each image"
     if not h.is_floating_point(): h = h.float()
-    maps = axis == 1 and h.ndim > 2
-    top = torch.linalg.vector_norm(take_images(h, None if all_images else rows), math.inf, tuple(range(2, h.ndim))) if maps else None
-    return Record(stats, take_rows(h, axis, rows), top)
+    images = map_images(h, axis, rows, all_images)
+    return Record(stats, take_rows(h, axis, rows), None if images is None else peak(images, tuple(range(2, h.ndim))))
 
 def stats_of(
     h, # activations (samples, units), (samples, tokens, units) or (samples, channels, height, width)
@@ -502,14 +518,17 @@ class Watch:
     def open(self, model):
         "Put a hook on each layer, and on modules that tell the axis of the units"
         root, known, ids = unwrap(model), all(k in self.plans for k in self.layers), {id(m) for m in self.layers.values()}
-        for k, m in self.layers.items(): # at the root: before the hook that ends the watch
-            self.handles.append(m.register_forward_hook(self._hook(k), prepend=m is root))
+        for k, m in self.layers.items(): # what `register_forward_hook` does, without a handle for each
+            m._forward_hooks[self] = self._hook(k)
+            if m is root: m._forward_hooks.move_to_end(self, last=False) # before the hook that ends the watch
         for m in () if known else root.modules():
             if id(m) not in ids and isinstance(m, (*FIRST, *LAST, *KEEP)): self.handles.append(m.register_forward_hook(self._axis_only))
         return self
 
     def close(self):
         "Take the hooks off again"
+        if self.closed: return
+        for m in self.layers.values(): m._forward_hooks.pop(self, None)
         for h in self.handles: h.remove()
         self.handles, self.closed = [], True
 
@@ -548,8 +567,8 @@ class Known:
         self.axis, self.stats = axis, stats
         plain = h.is_floating_point() and h.ndim > 1 and not torch._C._functorch.is_functorch_wrapped_tensor(h)
         self.view = rows_view(h, axis, rows) if plain else None
-        images = take_images(h.detach(), None if all_images else rows)
-        self.top, self.dims = (images.shape, images.stride()), tuple(range(2, h.ndim)) if axis == 1 and h.ndim > 2 else None
+        images = map_images(h.detach(), axis, rows, all_images)
+        self.top, self.dims = None if images is None else (images.shape, images.stride()), tuple(range(2, h.ndim))
         self.rows, self.slot, self.back = rows, None, (self.stride, self.view) # back: the same of a gradient
 
     def fits(self, h): return h.shape == self.shape and h.stride() == self.stride and h.dtype is self.dtype and h.device == self.device
@@ -558,11 +577,10 @@ class Known:
         "What `record` gives, with as few calls as it takes"
         d, slot, top = h.detach(), self.slot, None
         if slot is None or not slot.take():
-            with torch.autocast(self.device.type, enabled=False):
-                if self.dims is not None: top = torch.linalg.vector_norm(d.as_strided(*self.top), math.inf, self.dims)
+            if self.top is not None: top = peak(d.as_strided(*self.top), self.dims)
             return Record(self.stats, copied(d, *self.view), top, known=self)
         slot.into.copy_(d.as_strided(*self.view))
-        if self.dims is not None: torch.linalg.vector_norm(d.as_strided(*self.top), math.inf, self.dims, out=slot.top) # out=: no autocast
+        if self.top is not None: peak(d.as_strided(*self.top), self.dims, slot.top)
         return Record(self.stats, slot.x, slot.top, known=self, slot=slot)
 
     def gradient(self, g, slot):
@@ -653,8 +671,10 @@ class Monitor:
 
     def _selected(self):
         "The layers, looked up again only when the model has other modules than before"
-        now = tuple(map(id, self.model.modules()))
-        if now != self._layers[0]: self._layers, self._plans = (now, select(self.model, self.layers)), {}
+        seen, todo = {}, [self.model]
+        for m in todo: # which grows
+            if m is not None and id(m) not in seen: seen[id(m)] = None; todo += m._modules.values()
+        if (now := tuple(seen)) != self._layers[0]: self._layers, self._plans = (now, select(self.model, self.layers)), {}
         return self._layers[1]
 
 # %% ../nbs/04_monitors.ipynb #df5ce778

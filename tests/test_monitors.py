@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from plasticity.monitors import (LayerStats, Monitor, SUMS, MOST_VALUES, activation_bounds, row_index, select, stats_of,
-                                 take_rows, unit_axis)
+from plasticity.monitors import (IN_CACHE, LayerStats, Monitor, SUMS, MOST_VALUES, activation_bounds, peak, row_index, select,
+                                 stats_of, take_rows, unit_axis)
 from plasticity.results import generator
 
 torch.set_num_threads(1)
@@ -174,6 +174,40 @@ def test_conv_samples_are_images_active_anywhere():
     h[:, 0, 3, 5] = 1.
     s = stats_of(h, rows=16)
     assert s.samples == 10 and s.active.tolist() == [10, 0] and s.largest.tolist() == [1, 0]
+
+def test_maps_of_one_position():
+    h = torch.randn(100, 3, 1, 1).relu()
+    for rows, samples in ((None, 100), (80, 80), (64, 64), (20, 50)): # 50: every other image, as of any map of 100 images
+        s = stats_of(h, rows=rows)
+        assert s.samples == samples and s.n == min(rows or 100, 100)
+    s, flat = stats_of(h), stats_of(h.flatten(1))
+    assert torch.equal(s.active, flat.active) and torch.equal(s.largest, flat.largest) and torch.equal(s.active, (h[..., 0, 0] > 0).sum(0))
+
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
+def test_largest_of_each_image(memory):
+    h = torch.randn(6, 5, 9, 7, generator=generator(0)).contiguous(memory_format=memory)
+    for x in (h, -h.abs(), h.abs(), h[:, ::2, 1:], torch.zeros_like(h)): assert torch.equal(peak(x, (2, 3)), x.abs().amax((2, 3)))
+    h[2, 3, 4, 5] = torch.nan
+    assert torch.equal(peak(h, (2, 3)).isnan(), h.isnan().any(-1).any(-1))
+    out = torch.empty(6, 12)[:, 3:8]
+    assert peak(h, (2, 3), out) is out and torch.equal(out.nan_to_num(9.), peak(h, (2, 3)).nan_to_num(9.))
+
+def test_wide_layers_are_summed_in_parts():
+    rows, units = 300, 3 * IN_CACHE // 300 + 5
+    h, g = torch.randn(rows, units, generator=generator(0)), torch.randn(rows, units, generator=generator(1)) * 1e-4
+    s, d = stats_of(h, g, gram=False), h.double()
+    for k, v in dict(sum=d.sum(0), square=(d*d).sum(0), cube=(d**3).sum(0), fourth=(d**4).sum(0), abs=d.abs().sum(0),
+                     grad_abs=g.double().abs().sum(0), grad_square=g.double().square().sum(0)).items():
+        assert torch.allclose(getattr(s, k), v, rtol=1e-12, atol=1e-11), k
+    assert torch.equal(s.saturated, (g.double().abs() < 1e-4*d.abs().mean(0)).double().sum(0)) and torch.equal(s.largest, d.abs().amax(0))
+
+def test_a_new_module_in_an_empty_place_is_seen():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(), nn.Linear(4, 2))
+    with Monitor(net, every=1) as m:
+        net(torch.randn(5, 4)).sum().backward()
+        net[1] = nn.Sequential(nn.ReLU())
+        net(torch.randn(5, 4)).sum().backward()
+    assert m['1.0'].n == 5 and m['0'].n == 10
 
 def test_shared_and_repeated_modules():
     class Twice(nn.Module):
