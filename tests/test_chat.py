@@ -3,6 +3,7 @@ import io, os, signal, subprocess, sys, time
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from plasticity.chat import Chat, main, open_chat, read_words
 from plasticity.models import make_model
@@ -36,6 +37,42 @@ def test_letters_of_several_tokens_are_whole():
     out = said(c, 'temp=2 length=200', 'x')
     assert '\ufffd' not in out.splitlines()[-1][-1:]
 
+def screen(text, width):
+    "What a terminal of this width shows: lines, written letter by letter; it breaks what reaches past its end"
+    lines, at = [''], 0
+    for c in text:
+        if c == '\n': lines.append(''); at = 0
+        elif c == '\b': at = max(0, at - 1)
+        else:
+            if at == width: lines.append(''); at = 0
+            lines[-1] = lines[-1][:at] + c + lines[-1][at + 1:]; at += 1
+    return [line.rstrip() for line in lines]
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text('abc \n', max_size=30), max_size=6), st.integers(4, 14))
+def test_lines_are_broken_between_words(pieces, width):
+    from rich.console import Console
+    c = chat()
+    c.console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    for piece in pieces: c.write(piece)
+    got, text = screen(c.console.file.getvalue(), width), ''.join(pieces)
+    assert ''.join(got).replace(' ', '') == ''.join(text.split()) and all(len(line) < width for line in got)
+    if max(map(len, text.split()), default=0) < width: assert ' '.join(got).split() == text.split()
+
+def test_wide_letters_and_pipes():
+    from rich.console import Console
+    c = chat()
+    c.console = Console(file=io.StringIO(), width=9, force_terminal=True)
+    c.write('日本語 a日本語')
+    assert c.console.file.getvalue().replace('\b', '').replace(' ', '') == '日本語a\na日本語'
+    c.console = Console(file=io.StringIO(), width=5)
+    c.write('no line is broken'); c.tell('nor is this one')
+    assert c.console.file.getvalue() == 'no line is brokennor is this one\n'
+
+def test_help_says_what_is_off():
+    out = said(chat(), 'top_p=1', 'help')
+    assert 'top_k=0' in out and 'top_p=1 ' in out and 'None' not in out
+
 def test_prune_heads_regrow_quantize_undo():
     c = chat()
     before = {k: v.clone() for k, v in c.model.state_dict().items()}
@@ -52,7 +89,7 @@ def test_weakest_leave_one_head_a_layer():
 
 @pytest.mark.parametrize('line', ['temp=hot', 'temp=-1', 'top_p=0', 'top_k=-3', 'length=0', 'tmep=1', '/prune x', '/prune 0.7',
                                   '/prune 9.0', '/regrow 0.0',
-                                  '/nothing', '/quantize a', '/quantize 1', '/save', '/quantize 1 2 3', '/'])
+                                  '/nothing', '/prune 0', '/regrow 0', '/quantize a', '/quantize 1', '/save', '/quantize 1 2 3', '/'])
 def test_mistakes_cost_a_line(line):
     c = chat()
     knobs, state = dict(c.knobs), {k: v.clone() for k, v in c.model.state_dict().items()}
@@ -113,3 +150,38 @@ def test_ctrl_c_in_a_pipe(tmp_path):
     time.sleep(.5); p.send_signal(signal.SIGINT)
     out, err = p.communicate(b'length=3\nafter\n', timeout=60)
     assert p.returncode == 0 and b' ...' in out and b'length=3' in out and b'Traceback' not in err
+
+def test_interrupts_between_answers(monkeypatch):
+    c, typed = chat(), iter(['/quantize 4', KeyboardInterrupt, '/heads', '/quit'])
+    def lines(sign):
+        line = next(typed)
+        if line is KeyboardInterrupt: raise line
+        return line
+    monkeypatch.setattr('builtins.input', lines); monkeypatch.setattr('sys.stdin', type('Terminal', (), dict(isatty=lambda self: True))())
+    monkeypatch.setattr('plasticity.chat.fake_quantize', lambda p, bits: (_ for _ in ()).throw(KeyboardInterrupt))
+    c.talk()
+    out = c.console.file.getvalue()
+    assert 'stopped' in out and '/quit or Ctrl-D' in out and 'layer  1' in out and next(typed, None) is None
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
+def test_in_a_terminal(tmp_path):
+    import fcntl, pty, termios
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen(run_of(tmp_path), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                         env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '60'}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = b''
+    def until(what, start=0):
+        nonlocal seen
+        end = time.time() + 60
+        while what not in seen[start:]:
+            assert time.time() < end, seen
+            seen += os.read(ours, 1000)
+        return len(seen)
+    until(b'> '); os.write(ours, b'length=100000\n'); at = until(b'seed=0')
+    os.write(ours, b'hello\n'); at = until(b'\n', at + 12); time.sleep(.3)
+    os.write(ours, b'\x03'); at = until(b' ...', at)
+    os.write(ours, b'/heads\n'); at = until(b'gone', at)
+    os.write(ours, b'\x04')
+    assert p.wait(30) == 0
+    os.close(ours)
