@@ -8,7 +8,8 @@ __all__ = ['ENGINES', 'WINDOW', 'DAY', 'config_key', 'variations', 'ingredients'
            'results_on_gpu', 'days', 'ring_rate']
 
 # %% ../nbs/22a_sweeps.ipynb #f1a42cdb
-import hashlib, importlib, inspect, itertools, json, os, socket, time
+import hashlib, importlib, inspect, itertools, json, os, socket, sys, time
+from functools import partial
 from pathlib import Path
 
 from .data import get_data
@@ -249,10 +250,13 @@ def _stream(ray, s, tasks, resources):
 # %% ../nbs/22a_sweeps.ipynb #ccf0aab5
 def run_experiment(
     config:dict, # as config.json holds it
-    folder:str # of the run
+    folder:str, # of the run
+    imports=() # Python files that register things, for a worker that has not run them
 )->dict:
     "One experiment of the command line; goes on where an earlier try of it stopped"
-    from plasticity.experiments import read_run, run_config
+    from plasticity.experiments import _import, read_run, run_config
+    for path in imports:
+        if (here := sys.modules.get(Path(path).stem)) is None or getattr(here, '__file__', None) != path: _import(path)
     stopped = (Path(folder)/'checkpoint.json').exists()
     if not stopped and Path(folder).exists(): import shutil; shutil.rmtree(folder)
     path = run_config(config | dict(resume=folder if stopped else None), folder)
@@ -281,7 +285,9 @@ def sweep_line(
     **options # of `sweep`: engine, folder, resources, ...
 )->Table:
     "Sweep the experiments that a line means"
-    return sweep(line_configs(*words), run_experiment, **options)
+    from plasticity import experiments
+    files = [str(Path(p).resolve()) for p in experiments._take(list(words), '--import')]
+    return sweep(line_configs(*words), partial(run_experiment, imports=files) if files else run_experiment, **options)
 
 # %% ../nbs/22a_sweeps.ipynb #3f6687ec
 def main():
