@@ -1,5 +1,5 @@
 "Several ranks against one process; death and return; what is refused. Every wait has an end."
-import math, os, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -339,3 +339,82 @@ def test_after_the_fit():
         return sorted(kinds), t.evaluate()['loss'], len(watchers(t.callbacks)), t.step
     kinds, loss, n, step = on_ranks(go, timeout=WAIT)
     assert kinds == ['Parameter'] and math.isfinite(loss) and n == 0 and step == 14
+
+LINE = ('training=standard', 'training.epochs=2', 'training.batch_size=70', 'model.hidden_sizes=[11]', 'metrics.probe=60', 'device=cpu',
+        'logging.progress=false')
+
+def line(folder, *words):
+    from plasticity.experiments import run_line
+    kept = [w for w in LINE if w.partition('=')[0] not in {v.partition('=')[0] for v in words}] # said once
+    if 'training=extrema' in words: kept = [w for w in kept if not w.startswith('model.')]
+    return str(run_line(*kept, *words, f'hydra.run.dir={folder}'))
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_a_line_on_two_ranks(tmp_path, strategy):
+    "The words of the command line: rank 0's folder, nothing left of the others', the numbers of one process, resumed by one"
+    from plasticity.experiments import read_run, run_line
+    words = 'training=extrema', 'training.sparsity=.03', 'training.hidden_sizes=[12,9]'
+    kinds = dict(standard=LINE[:4]) | (dict(extrema=words) if strategy == 'ddp' else {})
+    for kind, more in kinds.items():
+        two = on_ranks(lambda kind=kind, more=more: line(f'{tmp_path}/{kind}-rank-{os.environ["RANK"]}', *more, f'distributed={strategy}'),
+                       timeout=WAIT)
+        assert two == f'{tmp_path}/{kind}-rank-0' and not (tmp_path/f'{kind}-rank-1').exists()
+        one = read_run(line(tmp_path/kind, *more))
+        assert gap(read_run(two)[1], one[1]) < 1e-6 and len(read_run(two)[2]) == len(one[2]) and (Path(two)/'report.html').exists()
+        config = json.loads((Path(two)/'config.json').read_text())
+        assert config['distributed']['name'] == strategy and config['distributed']['check'] is True
+    run_line(f'resume={tmp_path}/standard-rank-0', 'distributed=none', 'logging.progress=false')
+    assert gap(read_run(tmp_path/'standard-rank-0')[1], read_run(tmp_path/'standard')[1]) < 1e-6
+
+def cloned(folder):
+    from plasticity.experiments import run_line
+    run_line('training=cloning', 'device=cpu', 'distributed=ddp', 'dryrun=true', 'logging.progress=false', f'hydra.run.dir={folder}')
+
+def test_words_and_processes_go_together(tmp_path):
+    from plasticity.experiments import ConfigError
+    with pytest.raises(ConfigError, match="distributed: got 'ddp', but this process is alone; start it with `torchrun"):
+        line(tmp_path/'a', 'distributed=ddp')
+    with pytest.raises(ConfigError, match="distributed: no 'dpp'; did you mean 'ddp'"): line(tmp_path/'a', 'distributed=dpp')
+    with pytest.raises(RuntimeError, match="ConfigError: distributed: got 'none', but 2 processes were started together"):
+        on_ranks(line, tmp_path/'a', timeout=WAIT)
+    with pytest.raises(RuntimeError, match='ConfigError: track_base: got True, takes False'):
+        on_ranks(cloned, tmp_path/'b', timeout=WAIT)
+
+def weighed(uneven):
+    "A loss that asks the model for what its forward pass left in it"
+    class Penal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Tanh())
+            self.head = nn.Linear(9, 10)
+        def forward(self, x):
+            self.h = self.net(x)
+            return self.head(self.h)
+        def loss(self, out, y): return nn.functional.cross_entropy(out, y) + .3*self.h.square().mean()
+    torch.manual_seed(5)
+    m = Penal()
+    d = Distributed(device='cpu', timeout=WAIT)
+    t = Trainer(m, DATA.subset(train=131 if uneven else 128), loss=m.loss, batch_size=32, device='cpu', callbacks=[d]).fit(2)
+    assert t.loss_fn == m.loss
+    return rows(t), weights(t)
+
+@pytest.mark.parametrize('uneven', [False, True])
+def test_a_loss_that_asks_the_model(uneven):
+    (a, w), (b, v) = on_ranks(weighed, uneven, timeout=WAIT), weighed(uneven)
+    test = lambda r: [x for x in r if x['split'] == 'test']
+    assert gap(test(a), test(b)) < 1e-6
+    for k in v: assert apart(w[k], v[k]) < 1e-5
+
+def test_own_methods_of_a_callback_stay():
+    "What a reader set on a callback is there after the fit, and films go on rank 0 alone"
+    def go(folder):
+        from plasticity.filming import Filming
+        seen, c = [], Callback()
+        c.after_epoch = lambda t: seen.append(t.epoch)
+        film = Filming(every=0., share=1., path=f'{folder}/film.json')
+        t = trained(epochs=1, callbacks=[c, film])
+        t.fit(1)
+        return seen, len(film.film.steps) if hasattr(film.film, 'steps') else len(film.film.frames), rows(t)
+    import tempfile
+    with tempfile.TemporaryDirectory() as d: seen, frames, got = on_ranks(go, d, timeout=WAIT)
+    assert seen == [1, 2] and frames > 1 and gap(got, rows(trained())) < 1e-6
