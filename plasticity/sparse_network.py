@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .results import did_you_mean, generator, method
 from .sessions import Edit, Plan
-from .sparse import SparseLinear, _pointers, bag, blocks, cleared, link_scale, random_places, sampled, turned
+from .sparse import SparseLinear, _pointers, bag, blocks, cleared, link_scale, random_places, sampled, spread_out, turned
 from .surgery import operation
 from .tensors import set_data
 
@@ -167,9 +167,9 @@ def _made(self):
              modules=[*layers.values(), *self.acts], act=self.activation, every=all(m.full for m in active.values()), kind=None)
     if p['every']: return p | dict(kind='matrices', layers=_clears(active, index), widths=self.layer_sizes)
     if self.device.type != 'cpu' or any(_long(m) for m in active.values()): return p
-    return p | _listed(self.layer_sizes, list(active), index, [m.full for m in active.values()], self.at)
+    return p | _listed(self.layer_sizes, list(active), index, [m.running if not m.full else 'full' for m in active.values()], self.at)
 
-def _long(m): return not m.full and (m.running != 'gather' or m.n_links > 2**20)
+def _long(m): return not m.full and (m.running == 'csr' or m.n_links > 2**20)
 
 # %% ../nbs/13e_sparse_network.ipynb #2543bf42
 def _clears(active, index):
@@ -178,16 +178,18 @@ def _clears(active, index):
             for ((i, j), m), x in zip(active.items(), index, strict=True)]
     return sorted(made, key=lambda v: (v[1], -v[0]))
 
-def _listed(sizes, active, index, full, at):
+def _listed(sizes, active, index, ways, at):
     "The units an output depends on, and the links among them"
-    need = _needed(sizes, active, index, any(full))
+    need = _needed(sizes, active, index, 'full' in ways)
     place = [n.cumsum(0).int() - 1 for n in need]
-    parts = [dict(i=i, j=j, n=sizes[i], keep=None, index=x, full=True) if f else _part(x, i, j, need, place)
-             for (i, j), x, f in zip(active, index, full, strict=True)]
+    parts = [dict(i=i, j=j, n=sizes[i], keep=None, index=x, some=True, way=way) if way == 'full' else _part(x, i, j, need, place, way)
+             for (i, j), x, way in zip(active, index, ways, strict=True)]
     where = torch.cat([n.nonzero()[:, 0] + at(j).start for j, n in enumerate(need) if j])
     widths = [int(n.sum()) for n in need]
-    return dict(kind='lists', parts=parts, at=None if len(where) == sum(sizes[1:]) else where, widths=widths,
-                inputs=None if widths[0] == sizes[0] else need[0].nonzero()[:, 0], read={q['i'] for q in parts if not q['full']})
+    into = [[(k, q) for k, q in enumerate(parts) if q['j'] == j] for j in range(1, len(sizes))]
+    return dict(kind='lists', parts=parts, into=into, whole=all(q['keep'] is None for q in parts), widths=widths,
+                at=None if len(where) == sum(sizes[1:]) else where, inputs=None if widths[0] == sizes[0] else need[0].nonzero()[:, 0],
+                read={q['i'] for q in parts if q['way'] == 'gather'})
 
 def _needed(sizes, active, index, every):
     "Which units an output depends on"
@@ -197,20 +199,22 @@ def _needed(sizes, active, index, every):
             need[i][x['cols'].long()[need[j][x['rows'].long()]]] = True
     return need
 
-def _part(x, i, j, need, place):
+def _part(x, i, j, need, place, way):
     "The links of one pair among the units that are needed"
     kept = need[j][x['rows'].long()]
     keep = None if kept.all() else kept.nonzero()[:, 0]
     rows, cols = (x[k] if keep is None else x[k][keep] for k in ('rows', 'cols'))
     rows, cols = place[j][rows.long()], place[i][cols.long()]
     ptr = _pointers(rows, int(need[j].sum()))
-    out = dict(i=i, j=j, keep=keep, n=len(kept), rows=rows, cols=cols, ptr=ptr, parts=blocks(ptr), turned=None, full=False)
-    turned(out, int(need[i].sum()))
+    out = dict(i=i, j=j, keep=keep, n=len(kept), rows=rows, cols=cols, ptr=ptr, some=len(rows) > 0, parts=blocks(ptr),
+               turned=None, way=way)
+    if way == 'gather': turned(out, int(need[i].sum()))
     return out
 
 # %% ../nbs/13e_sparse_network.ipynb #53e0fae4
-_ACT = dict(tanh=(torch.tanh_, torch.ops.aten.tanh_backward), sigmoid=(torch.sigmoid_, torch.ops.aten.sigmoid_backward),
-            relu=(torch.relu_, lambda g, h: torch.ops.aten.threshold_backward(g, h, 0)))
+_back = torch.ops.aten
+_ACT = dict(tanh=(torch.tanh_, _back.tanh_backward.grad_input), sigmoid=(torch.sigmoid_, _back.sigmoid_backward.grad_input),
+            relu=(torch.relu_, lambda g, h, grad_input: _back.threshold_backward.grad_input(g, h, 0, grad_input=grad_input)))
 
 class _Run(torch.autograd.Function):
     "The whole network as one operation, on (units, samples)"
@@ -219,51 +223,57 @@ class _Run(torch.autograd.Function):
         x = x if p['inputs'] is None else x.index_select(1, p['inputs'])
         b = (bias if p['at'] is None else bias.index_select(0, p['at'])).split(p['widths'][1:])
         h, last = [x.t().contiguous() if 0 in p['read'] else x.t()], len(p['widths']) - 1
-        held = [v if q['keep'] is None else v.index_select(0, q['keep']) for q, v in zip(p['parts'], values, strict=True)]
-        for j in range(1, last + 1):
+        held, act = values if p['whole'] else _kept(p, values), _ACT[p['act']][0]
+        for j, into in enumerate(p['into'], 1):
             z = None
-            for q, v in zip(p['parts'], held, strict=True):
-                if q['j'] == j and len(v): z = _arrive(q, v, h[q['i']], z, b[j - 1])
+            for k, q in into:
+                if q['some']: z = _arrive(q, held[k], h[q['i']], z, b[j - 1])
             if z is None: z = b[j - 1].unsqueeze(1).expand(-1, len(x)).clone()
-            if j < last: z = _ACT[p['act']][0](z)
+            if j < last: z = act(z)
             h.append(z.contiguous() if j in p['read'] else z)
-        ctx.p, ctx.n = p, len(bias)
+        ctx.p, ctx.n, ctx.stamps = p, len(bias), [q.get('stamp') for q in p['parts']]
         ctx.save_for_backward(*h[:-1], *held)
         return h[-1].t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        p, last = ctx.p, len(ctx.p['widths']) - 1
-        h, held = ctx.saved_tensors[:last], ctx.saved_tensors[last:]
-        gh, gb, gv, g = [None]*last, [None]*last, [None]*len(held), g.t()
+        p, widths, saved = ctx.p, ctx.p['widths'], ctx.saved_tensors
+        last, g = len(widths) - 1, g.t()
+        h, held, gh, gv, gb = saved[:last], saved[last:], [None]*last, [None]*len(p['parts']), [None]*last
+        act = _ACT[p['act']][1]
         for j in range(last, 0, -1):
-            if j < last: g = h[j].new_zeros(h[j].shape) if gh[j] is None else _ACT[p['act']][1](gh[j], h[j])
+            if j < last: g = h[j].new_zeros(h[j].shape) if gh[j] is None else act(gh[j], h[j], grad_input=gh[j])
             gb[j - 1] = g.sum(1)
-            for k, (q, v) in enumerate(zip(p['parts'], held, strict=True)):
-                if q['j'] != j: continue
-                d, back = _return(q, v, h[q['i']], g)
+            for k, q in p['into'][j - 1]:
+                d, back = _return(q, held[k], h[q['i']], g, ctx.stamps[k])
                 gv[k] = d if q['keep'] is None else d.new_zeros(q['n']).index_copy_(0, q['keep'], d)
                 if back is not None: gh[q['i']] = _plus_(gh[q['i']], back)
         gb = torch.cat(gb)
         return None, None, gb if p['at'] is None else gb.new_zeros(ctx.n).index_copy_(0, p['at'], gb), *gv
 
+def _kept(p, values): return [v if q['keep'] is None else v.index_select(0, q['keep']) for q, v in zip(p['parts'], values, strict=True)]
 def _plus_(a, b): return b if a is None else a.add_(b)
 
 # %% ../nbs/13e_sparse_network.ipynb #37611f26
+def _full(q, v, h, stamp=None):
+    "The matrix of a layer"
+    return v.view(-1, q['n']) if q['way'] == 'full' else spread_out(q, v, len(h), stamp)
+
 def _arrive(q, v, h, z, b):
     "What one layer adds to z; the first one adds the biases too"
-    if q['full']:
-        w = v.view(-1, q['n'])
+    if q['way'] != 'gather':
+        w = _full(q, v, h)
         return torch.addmm(b, h.t(), w.t()).t() if z is None else z.add_((h.t() @ w.t()).t())
     y = bag(h, q['cols'], q['ptr'], v, q['parts'])
     return y.add_(b.unsqueeze(1)) if z is None else z.add_(y)
 
-def _return(q, v, h, g):
+def _return(q, v, h, g, stamp):
     "A layer's gradients: of its values, and of its inputs (none for those of the network)"
-    if not len(v): return v.new_zeros(0), None
-    if q['full']:
-        d, back = g @ h.t(), (g.t() @ v.view(-1, q['n'])).t() if q['i'] else None
+    if not q['some']: return v.new_zeros(0), None
+    if q['way'] != 'gather':
+        back, d = (g.t() @ _full(q, v, h, stamp)).t() if q['i'] else None, g @ h.t()
+        if q['way'] == 'dense': return d.view(-1).index_select(0, q['key']), back
         return (d if q['index']['present'] is None else cleared(d, q['index'])).view(-1), back
     g, t = g.contiguous(), q['turned']
     back = bag(g, t['rows'], t['ptr'], v, t['parts'], t['order']) if q['i'] else None

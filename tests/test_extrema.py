@@ -304,7 +304,7 @@ def test_growth_is_atomic(monkeypatch):
 
 @pytest.mark.parametrize('mode', ['gather', 'auto'])
 def test_sprouts_keep_function_moments_and_refuse(mode):
-    net = MinimalNetwork([6, 5, 4, 3], .5, mode=mode); x = torch.randn(8, 6); adam = torch.optim.Adam(net.parameters())
+    net = MinimalNetwork([6, 5, 4, 3], .8, mode=mode); x = torch.randn(8, 6); adam = torch.optim.Adam(net.parameters())
     net(x).square().sum().backward(); adam.step(); y, m = net(x).detach(), adam.state[net.bias]['exp_avg'].clone()
     Sprout(1, 2, [.5, -1.]).apply(net, adam, x)
     assert net.links['0_1'].full == (mode == 'auto') and net.bias[5:7].tolist() == [.5, -1.]
@@ -452,7 +452,7 @@ def test_other_ways_compute_the_same_network(mode):
     x = torch.randn(9, 30)
     a, b = (MinimalNetwork([30, 20, 15, 5], .2, mode=m) for m in ('gather', mode))
     for net in (a, b): apply_growth(net, None, ConnectionRouter().propose(net, forced(net, 2)), x, g=torch.Generator().manual_seed(1))
-    assert torch.allclose(a(x), b(x), atol=1e-6) and b._program() is None
+    assert torch.allclose(a(x), b(x), atol=1e-6) and (b._program() is None) == (mode == 'csr')
     grads = []
     def seen(m): return m.values.grad[m.keys()] if m.full else m.values.grad
     for net in (a, b): net(x).square().sum().backward(); grads.append([seen(m) for m in net.links.values() if m.values.grad is not None])

@@ -169,7 +169,7 @@ def _image(net, adam):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 99), st.booleans())
-@example(9, 10, 0, False) # three tenths to the link
+@example(2, 10, 0, False) # FULL_FROM to the link
 def test_the_form_changes_with_the_density_and_back(i, o, seed, ema):
     g = torch.Generator().manual_seed(seed); at = torch.randperm(i*o, generator=g); n = int(FULL_FROM*(i*o)); more = at[n:n + 1 + seed % 3]
     net = nn.Sequential(SparseLinear(i, o, at[:n] // i, at[:n] % i, torch.randn(n, generator=g)), nn.Tanh(), nn.Linear(o, 2))
@@ -198,11 +198,11 @@ def test_the_form_changes_with_the_density_and_back(i, o, seed, ema):
     assert all(torch.equal(v, again[k]) for k, v in middle.items())
 
 def test_undone_at_once_the_list_is_there_again():
-    net = nn.Sequential(random_layer(10, 10, .25), nn.Linear(10, 2)); adam, x = torch.optim.Adam(net.parameters()), torch.randn(7, 10)
+    net = nn.Sequential(random_layer(10, 10, .45), nn.Linear(10, 2)); adam, x = torch.optim.Adam(net.parameters()), torch.randn(7, 10)
     net(x).square().mean().backward(); adam.step(); before = copy.deepcopy(_image(net, adam))
-    free = (~net[0].mask()).nonzero()[torch.randperm(75)[:20]]
+    free = (~net[0].mask()).nonzero()[torch.randperm(55)[:20]]
     with edit(net, adam, x) as e: e.connect('0', *free.T, torch.ones(20))
-    assert net[0].full and net[0].n_links == 45
+    assert net[0].full and net[0].n_links == 65
     replay(net, e.record.inverse(), adam)
     assert not net[0].full and all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
     with pytest.raises(RuntimeError, match='stop'):
@@ -210,13 +210,13 @@ def test_undone_at_once_the_list_is_there_again():
     assert not net[0].full and all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
 
 def test_a_wider_matrix_stays_one_until_its_links_change_and_comes_back():
-    net = MinimalNetwork([6, 5, 4, 3], .4); adam, x = torch.optim.Adam(net.parameters()), torch.randn(9, 6)
+    net = MinimalNetwork([6, 5, 4, 3], .6); adam, x = torch.optim.Adam(net.parameters()), torch.randn(9, 6)
     net(x).square().mean().backward(); adam.step(); before = copy.deepcopy(_image(net, adam))
     assert net.links['0_1'].full
     with edit(net, adam, x) as e:
         e.do(Sprout(1, 9))
         e.connect('links.0_1', [12], [0], [.5])
-    assert not net.links['0_1'].full and net.links['0_1'].n_links == 13
+    assert not net.links['0_1'].full and net.links['0_1'].n_links == 19
     replay(net, e.record.inverse(), adam)
     here = {len(m.present): m.present for m in net.links.values() if m.full}        # absent links' second moments mean nothing
     def seen(v): return v[here[len(v)]] if v.ndim and len(v) in here else v
@@ -225,7 +225,7 @@ def test_a_wider_matrix_stays_one_until_its_links_change_and_comes_back():
 OPTIMIZERS = dict(adam=lambda p: torch.optim.Adam(p, 1e-2), adamw=lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=.1, amsgrad=True),
                   sgd=lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=.01), rms=lambda p: torch.optim.RMSprop(p, 1e-3))
 
-@pytest.mark.parametrize('density', [.5, .95])
+@pytest.mark.parametrize('density', [.6, .95])
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_absent_links_stay_absent_and_the_rest_learns_as_a_list(name, density, monkeypatch):
     monkeypatch.setattr(sparse_module, 'STIR', 4)
@@ -246,7 +246,7 @@ def test_absent_links_stay_absent_and_the_rest_learns_as_a_list(name, density, m
         assert torch.allclose(v[a.present], made[1].state[k], rtol=1e-3)
 
 def test_moments_of_other_parameters_are_left_alone():
-    half, lin = random_layer(8, 8, .5), nn.Linear(8, 8); lin.weight.data[0] = 0
+    half, lin = random_layer(8, 8, .6), nn.Linear(8, 8); lin.weight.data[0] = 0
     adam = torch.optim.Adam([*half.parameters(), *lin.parameters()]); x = torch.zeros(4, 8)
     (half(torch.randn(4, 8)).sum() + lin(x).sum()).backward(); adam.step()
     assert adam.state[lin.weight]['exp_avg_sq'].eq(0).all() and adam.state[half.values]['exp_avg_sq'].gt(0).all()
@@ -265,11 +265,11 @@ def test_any_form_takes_the_state_of_any_other(density):
             if len(free): b.connect(*free.T, [1.]); assert b.n_links == a.n_links + 1
 
 def test_a_shared_gradient_is_not_changed_and_copies_are_their_own():
-    layer = random_layer(6, 6, .5); other = nn.Parameter(torch.zeros(6, 6))
+    layer = random_layer(6, 6, .75); other = nn.Parameter(torch.zeros(6, 6))
     ((layer.weight() + other)*torch.ones(6, 6)).sum().backward()
     assert other.grad.eq(1).all() and torch.equal(layer.values.grad.view(6, 6), layer.mask().float())
     twin = copy.deepcopy(layer); twin.disconnect(*twin.links()[:2])
-    assert twin.n_links == 0 and layer.n_links == 18 and layer(torch.ones(1, 6)).abs().sum() > 0
+    assert twin.n_links == 0 and layer.n_links == 27 and layer(torch.ones(1, 6)).abs().sum() > 0
     d = copy.deepcopy(layer).double(); d.zero_grad(); d(torch.randn(2, 6).double()).sum().backward()
     assert d.values.grad[~d.present].eq(0).all() and d.values.grad.dtype == torch.float64
     x = torch.randn(4, 6); p = dict(layer.named_parameters())
@@ -278,7 +278,7 @@ def test_a_shared_gradient_is_not_changed_and_copies_are_their_own():
     assert each['values'].shape == (4, 36)
 
 @pytest.mark.parametrize('kind', ['tanh', 'sigmoid', 'relu'])
-@pytest.mark.parametrize('densities', [(.9, .05, .6), (.05, .9, .05), (.5, .95, 1.), (1., 1., .02)])
+@pytest.mark.parametrize('densities', [(.9, .05, .6), (.05, .9, .05), (.5, .95, 1.), (1., 1., .02), (.45, .5, .54), (.45, .02, .5)])
 def test_networks_of_both_forms_compute_what_their_layers_do(kind, densities):
     sizes = [12, 10, 9, 8]
     net = MinimalNetwork(sizes, .05, kind)
@@ -304,3 +304,12 @@ def test_a_large_layer_keeps_twelve_bytes_a_link_beside_optimizer_and_gradient(m
         if isinstance(v, dict): return sum(map(held, v.values()))
         return v.numel()*v.element_size() if isinstance(v, torch.Tensor) else 0
     assert held(layer.cache) + held(layer.values) == 12*layer.n_links + 8*(2**10 + 1)
+
+def test_a_matrix_written_anew_between_forward_and_backward_is_no_matter():
+    net = MinimalNetwork([12, 10, 9, 8], .5); x, t, v = torch.randn(5, 12), torch.randn(5, 8), net.links['1_2'].values.data
+    assert not any(m.full for m in net.links.values()) and {q['way'] for q in net._program()['parts']} == {'dense'}
+    (net(x)*t).sum().backward(); want = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad(); y = net(x); v.mul_(2)
+    with torch.no_grad(): assert not torch.allclose(net(x), y)
+    v.div_(2); (y*t).sum().backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(want, (p for p in net.parameters() if p.grad is not None), strict=True))
