@@ -18,7 +18,8 @@ from .links import link_layers
 from .records import EditRecord, load_record, replay # noqa: F401 this page's names too
 from .results import did_you_mean, generator, method
 from .sessions import EDITS, Edit, Plan, edit # noqa: F401 this page's names too
-from .starts import (chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources, spread)
+from .starts import (ROWWISE, chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources,
+                               spread)
 from .surgery import Surgeon
 from .tensors import find, owner
 from .trial import as_examples, quiet, relative, tensors_in
@@ -57,7 +58,7 @@ def copied(
     model, places, extra = session.model, {}, {}
     for g, maps, _, copies in groups:
         for key, v in _places(maps, model, copies).items():
-            places[id(g), key] = v; extra[key] = extra.get(key, 0) + len(v[0]) - find(model, key[0]).shape[key[1]]
+            places[id(g), key] = maps[key], v; extra[key] = extra.get(key, 0) + len(v[0]) - find(model, key[0]).shape[key[1]]
     def run(s):
         done = {} # key -> orders so far: groups that share a dimension move each other
         for g, maps, n, copies in groups:
@@ -68,27 +69,29 @@ def copied(
                 return torch.where(unit >= 0, share[(first[unit.clamp(min=0)] + copy).clamp(max=len(share) - 1)], 1.)
             for key, pos in maps.items():
                 for order in done.get(key, ()): pos = follow(pos, order)
-                place = spread(pos, find(model, key[0]).shape[key[1]], copies) if key in done else places[id(g), key]
+                place = spread(pos, find(model, key[0]).shape[key[1]], copies) if key in done else places[id(g), key][1]
                 done.setdefault(key, []).append(place[0])
                 s.run(dict(op='take', tensor=key[0], dim=key[1], order=place[0]))
                 _split(s, key, place, part, key in g.consumers)
     def moved():
-        for g, maps, n, copies in groups: session.regrouped(g, maps, n, copies)
+        for g, maps, n, copies in groups: session.regrouped(g, maps, n, copies, places)
     sizes = {}
     for _, maps, n, copies in groups: sizes |= _sizes(model, maps, n, n + len(copies), extra)
     new = {g.name: torch.where(numbers(n, copies)[1] > 0)[0].tolist() for g, _, n, copies in groups}
     lone = [(g, maps) for g, maps, n, _ in groups if n == 1 and any(pos.shape[1] > 1 for pos in maps.values())]
     names = list(dict.fromkeys(t for _, maps, _, _ in groups for t, _ in maps))
-    return Plan(names, run, sizes, moved=moved, info=dict(new=new), lone=lone)
+    single = {key: v for (_, key), (_, v) in places.items()} if len(groups) == 1 else {}
+    return Plan(names, run, sizes, moved=moved, info=dict(new=new), lone=lone, places=single)
 
 @method(edit)
-def regrouped(self, g, maps, n, copies):
+def regrouped(self, g, maps, n, copies, places):
     "Positions after the units of a group were copied"
     for key, pos in maps.items():
-        unit_size = find(self.model, key[0]).shape[key[1]] - pos.shape[1] * len(copies)
-        order = spread(pos, unit_size, copies)[0]
-        self.moved(key, order, but=(g,))
-        maps[key] = regroup(pos, unit_size, copies)
+        size = find(self.model, key[0]).shape[key[1]] - pos.shape[1] * len(copies)
+        then, place = places[id(g), key]
+        if pos is not then: place = spread(pos, size, copies) # another group of the same edit has moved them
+        self.moved(key, place[0], but=(g,))
+        maps[key] = regroup(pos, size, copies, place)
     self.now[id(g)][1] = n + len(copies)
 
 # %% ../nbs/08_edits.ipynb #7387a90c
@@ -107,9 +110,10 @@ def filled(
         if (t, d) in g.consumers: continue
         module, leaf = owner(model, t)
         path = t.rpartition('.')[0]
-        if path not in drawn: drawn[path] = fresh_tensors(module, seed, path)
-        tensor = find(model, t)
-        v = drawn[path][leaf].index_select(d, pos) if leaf in drawn[path] else fresh_like(tensor, d, pos, seed, t)
+        rows = len(pos) if d == 0 and getattr(type(module), 'reset_parameters', None) in ROWWISE else None
+        if (path, rows) not in drawn: drawn[path, rows] = fresh_tensors(module, seed, path, rows=rows)
+        tensor, v = find(model, t), drawn[path, rows].get(leaf)
+        v = fresh_like(tensor, d, pos, seed, t) if v is None else v if rows else v.index_select(d, pos)
         v = (values or {}).get((t, d), v)
         if v is not None: surgeon.run(dict(op='write', tensor=t, dim=d, at=pos, value=v.to(tensor.dtype), new=new))
     for (t, d), pos in at.items():
@@ -143,14 +147,14 @@ class Widen(Edit):
         return _begun(plan, self, session, g, maps, copies)
 
 # %% ../nbs/08_edits.ipynb #82e8b943
-def _newest(maps, model, copies):
+def _newest(maps, model, copies, places=None): # what `spread` gave, where that is known
     "(tensor, dim) -> positions of the new units in the new tensor"
-    return {key: (p[2] > 0).nonzero()[:, 0] for key, p in _places(maps, model, copies).items()}
+    return {key: (p[2] > 0).nonzero()[:, 0] for key, p in (places or _places(maps, model, copies)).items()}
 
 def _noised(plan, g, maps, model, copies, noise, seed):
     "The plan, with noise on the incoming weights of the copies once the trial has passed"
     if noise:
-        at = _newest(maps, model, copies)
+        at = _newest(maps, model, copies, plan.places)
         def after(s):
             for (t, d), pos in at.items():
                 x = find(model, t)
@@ -163,10 +167,10 @@ def _noised(plan, g, maps, model, copies, noise, seed):
 
 def _begun(plan, edit, session, g, maps, copies):
     "The plan with new units that are no copies"
-    at, model = _newest(maps, session.model, copies), session.model
+    at = _newest(maps, session.model, copies, plan.places)
     values = {} if edit.start == 'zero' else session.best_values(edit, g, maps, at)
     def run(s):
-        for t, d in maps: s.run(dict(op='take', tensor=t, dim=d, order=spread(maps[t, d], find(model, t).shape[d], copies)[0]))
+        for (t, d), (order, *_) in plan.places.items(): s.run(dict(op='take', tensor=t, dim=d, order=order))
         filled(s, g, at, edit.seed, values=values)
     plan.run = run
     return plan

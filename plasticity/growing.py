@@ -27,7 +27,7 @@ from .surgery import Surgeon
 from .tensors import find, set_data
 from .training import pack, unpack
 from .trial import as_examples, quiet, tensors_in
-from .units import units
+from .units import parts, units
 
 # %% ../nbs/09b_growing.ipynb #f9ed6057
 class Expandable(nn.Module):
@@ -119,8 +119,8 @@ def session(self):
 @method(Expandable)
 def signature(self):
     "What an open session depends on"
-    tensors = [(id(t), tuple(t.shape), t.device, t.dtype) for t in itertools.chain(self.parameters(), self.buffers())]
-    return tensors, id(self.optimizer), list(map(id, self.followers))
+    _, params, buffers = parts(self)
+    return [(id(t), t.shape, t.device, t.dtype) for t in params + buffers], id(self.optimizer), list(map(id, self.followers))
 
 @method(Expandable)
 def calls(self):
@@ -259,7 +259,7 @@ def change(self,
 ) -> EditRecord:
     "Do an edit, with what follows it"
     before, session = self.get_layer_sizes(), self.session()
-    numbers, size = self.layer_numbers(), self.get_num_parameters()
+    numbers, size = self.layer_numbers() if isinstance(change, Deepen) else None, self.get_num_parameters()
     session.data, session.loss = data, loss
     try: session.do(change)
     finally: session.data = session.loss = None

@@ -74,6 +74,7 @@ class Plan:
     moved: object = None # function without arguments, once the edit is done
     info: dict = field(default_factory=dict) # for the record
     lone: list = () # (group, positions) of single units that are copied
+    places: dict = field(default_factory=dict) # (tensor, dim) -> what `spread` gave, of a single group
 
 # %% ../nbs/07i_sessions.ipynb #28a08e09
 class edit:

@@ -289,7 +289,8 @@ def _take(self, tensor, dim, order):
     first[order.flip(0).cpu()] = torch.arange(len(order)).flip(0)
     lost, there = (first < 0).nonzero()[:, 0], order.to(slots[0].tensor.device)
     values = {s.path: take(s.tensor, dim, lost) for s in slots if s.path != 'grad'} if len(lost) else {}
-    self.store(slots, [take(s.tensor, dim, there) for s in slots]); self.settle(tensor)
+    self.store(slots, [take(s.tensor, dim, there) for s in slots])
+    if len(lost): self.settle(tensor)
     back = [dict(op='take', tensor=tensor, dim=dim, order=first[first >= 0])]
     return ([dict(op='put', tensor=tensor, dim=dim, at=lost, values=values)] if len(lost) else []) + back
 
@@ -325,15 +326,16 @@ def _powers(slots, target):
 @operation
 def _scale(self, tensor, dim, at, by, target='value', new=False):
     chosen, news, kept = [(s, p) for s, p in _powers(self.slots(tensor), target) if s.tensor.shape[dim] > 1 or len(at) == 1], [], []
+    halves = bool((torch.frexp(by.double())[0].abs() == .5).all()) # only these can be taken back by dividing
     for s, p in chosen:
         there = at.to(s.tensor.device)
         old = s.tensor.index_select(dim, there)
         part = _times(old, by, dim, p)
         news.append(write(s.tensor, dim, there, part))
-        if not new and s.path != 'grad': kept.append((s, old, (_times(part, by, dim, p, True) == old).all()))
+        if not new and s.path != 'grad': kept.append((s, old, halves and (_times(part, by, dim, p, True) == old).all()))
     self.store([s for s, _ in chosen], news)
     if new: return []
-    exact = torch.stack([e.to(kept[0][2].device) for *_, e in kept]).tolist() if kept else []
+    exact = torch.stack([e.to(kept[0][2].device) for *_, e in kept]).tolist() if kept and halves else [False] * len(kept)
     olds = {s.path: _format(old, s.tensor) for (s, old, _), e in zip(kept, exact, strict=True) if not e}
     return [dict(op='unscale', tensor=tensor, dim=dim, at=at, by=by, target=target, values=olds)]
 
@@ -345,6 +347,8 @@ def _unscale(self, tensor, dim, at, by, target='value', values=()):
     return [dict(op='scale', tensor=tensor, dim=dim, at=at, by=by, target=target)]
 
 # %% ../nbs/07c_surgery.ipynb #627fa11b
+def _near(slots, at): return at.to(slots[0].tensor.device) if slots else at # one transfer
+
 def _aside(slots, dim, at):
     "What the slots hold at these positions"
     return {s.path: take(s.tensor, dim, at) for s in slots if s.path != 'grad'}
@@ -354,8 +358,9 @@ def _write(self, tensor, dim, at, value=None, values=None, new=False):
     if _young(values): self.aging(tensor)
     slots = _fits(self.slots(tensor), dim, find(self.model, tensor).shape[dim])
     slots = [s for s in slots if (s.path in values if values is not None else s.power == 'value')]
-    old = {} if new else _aside(slots, dim, at)
-    self.store(slots, [write(s.tensor, dim, at, value if values is None else values[s.path]) for s in slots])
+    there = _near(slots, at)
+    old = {} if new else _aside(slots, dim, there)
+    self.store(slots, [write(s.tensor, dim, there, value if values is None else values[s.path]) for s in slots])
     if values is not None: self.settle(tensor)
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]
 
@@ -364,12 +369,14 @@ def _fresh(self, tensor, dim, at, rule=None, new=False, values=None):
     if rule in (None, 'age'): self.aging(tensor)
     slots = [s for s in _fits(self.slots(tensor), dim, find(self.model, tensor).shape[dim]) if s.power != 'value']
     grad = next((s.tensor for s in slots if s.path == 'grad'), None)
-    old, news = {} if new else _aside(slots, dim, at), []
+    there = _near(slots, at)
+    old, news = {} if new else _aside(slots, dim, there), []
     for s in slots:
         known = (values or {}).get(s.path)
         if known is None and rule and s.path.endswith('.age'): known = 0. if rule == 'age' else OLD
-        news.append(newcomers(s.tensor, dim, at, rule or s.fresh, s.settings, grad) if known is None else write(s.tensor, dim, at, known))
-    self.extra = dict(values={s.path: take(v, dim, at) for s, v in zip(slots, news, strict=True) if s.path != 'grad'
+        news.append(write(s.tensor, dim, there, known) if known is not None else
+                    newcomers(s.tensor, dim, there, rule or s.fresh, s.settings, grad))
+    self.extra = dict(values={s.path: take(v, dim, there) for s, v in zip(slots, news, strict=True) if s.path != 'grad'
                               and s.tensor.shape[dim] > 1})
     self.store(slots, news)
     return [] if new else [dict(op='write', tensor=tensor, dim=dim, at=at, values=old)]

@@ -92,14 +92,15 @@ def full_precision():
             if s.fp32_precision != v: s.fp32_precision = v
 
 # %% ../nbs/07d_trial.ipynb #88971b57
-def _copies(ts):
-    "Copies of tensors, one launch for all of a kind"
+@torch.no_grad()
+def _copies(ts, dtypes=None):
+    "Copies of tensors, in other precisions perhaps; one launch for all of a kind"
     kinds = defaultdict(list)
-    for i, t in enumerate(ts): kinds[t.device, t.dtype, t.layout].append(i)
+    for i, t in enumerate(ts): kinds[t.device, dtypes[i] if dtypes else t.dtype, t.layout].append(i)
     out = [None] * len(ts)
-    for (_, _, layout), at in kinds.items():
-        old = [ts[i].detach() for i in at]
-        new = [torch.empty_like(t) for t in old] if layout == torch.strided else [t.clone() for t in old]
+    for (_, dtype, layout), at in kinds.items():
+        old = [ts[i] for i in at]
+        new = [torch.empty_like(t, dtype=dtype) for t in old] if layout == torch.strided else [t.to(dtype, copy=True) for t in old]
         if layout == torch.strided: torch._foreach_copy_(new, old)
         for i, t in zip(at, new, strict=True): out[i] = t
     return out
@@ -113,17 +114,13 @@ def same_state(
 ):
     "Buffers, plain attributes and modes of all modules are afterwards what they were before"
     mods, _, ts = held or parts(model)
-    with torch.no_grad(): kept = [(b, _version(b), c) for b, c in zip(ts, _copies(ts), strict=True)]
-    plain = [{k: v for k, v in m.__dict__.items() if k not in ('_parameters', '_buffers', '_modules')} for m in mods]
-    buffers = [(m, dict(m._buffers)) for m in mods if m._buffers]
+    kept = [(b, _version(b), c) for b, c in zip(ts, _copies(ts), strict=True)]
+    dicts = [(d, d.copy()) for m in mods for d in (m.__dict__, m._buffers)]
     try: yield
     finally:
-        for m, bs in buffers: m._buffers.clear(); m._buffers.update(bs)
+        for d, was in dicts: d.clear(); d.update(was)
         for b, v, c in kept:
             if _version(b) != v or b.is_inference(): b.data = c.to(b.dtype)
-        for m, d in zip(mods, plain, strict=True):
-            for k in m.__dict__.keys() - d.keys() - {'_parameters', '_buffers', '_modules'}: del m.__dict__[k]
-            m.__dict__.update(d)
 
 # %% ../nbs/07d_trial.ipynb #576d0f2d
 @contextlib.contextmanager
@@ -142,7 +139,7 @@ def quiet(
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         for m in mods:
-            m.training = branches and any(c is not None for c in m._modules.values())
+            m.__dict__['training'] = branches and any(c is not None for c in m._modules.values())
             for k in ('_forward_hooks', '_forward_pre_hooks'): # put back with the other attributes
                 if m.__dict__.get(k): m.__dict__[k] = silent(m.__dict__[k])
         yield model
@@ -178,8 +175,13 @@ def described(new, old):
     return f'an output that differs by {relative(new, old):.3g} of its largest value'
 
 # %% ../nbs/07d_trial.ipynb #023fa5a4
-def _corner(v): return v.view(-1)[:16] if v.is_contiguous() else v[tuple(slice(4) for _ in v.shape)].reshape(-1)
+def _corner(v):
+    "A few entries of a tensor"
+    last = v.dim() == 4 and v.is_contiguous(memory_format=torch.channels_last)
+    if last or v.is_contiguous(): return v.as_strided((min(16, v.numel()),), (1,))
+    return v[tuple(slice(4) for _ in v.shape)].reshape(-1)
 
+@torch.no_grad()
 def constant(
     ts:list, # tensors
 )->dict: # number in the list -> the value
@@ -193,16 +195,18 @@ def constant(
         start = np.cumsum([0, *size[:-1]])
         even = np.logical_and.reduceat(near == np.repeat(near[start], size), start)
         maybe = {i: c for i, c, e in zip(at, near[start].tolist(), even, strict=True) if e}
-        if maybe: sure = torch.stack([(ts[i] == c).all() for i, c in maybe.items()]).tolist()
-        found |= {i: c for (i, c), yes in zip(maybe.items(), sure, strict=True) if yes} if maybe else {}
+        if not maybe: continue
+        far = torch._foreach_norm(torch._foreach_sub([ts[i] for i in maybe], list(maybe.values())), math.inf)
+        found |= {i: c for (i, c), d in zip(maybe.items(), torch.stack(far).tolist(), strict=True) if d == 0}
     return dict(sorted(found.items()))
 
 def _varied(values, like, g):
     "Random contents for tensors of one value: around it, or around zero"
-    r = torch.rand(sum(t.numel() for t in like), generator=g)
-    parts = r.split([t.numel() for t in like])
-    for part, c in zip(parts, values, strict=True): part.add_(.5).mul_(c) if c else part.sub_(.5).mul_(.2)
-    there = {d: r.to(d).split([t.numel() for t in like]) for d in {t.device for t in like}} # one transfer
+    sizes = [t.numel() for t in like]
+    shift, factor = (torch.tensor(v).repeat_interleave(torch.tensor(sizes)) for v in ([.5 if c else -.5 for c in values],
+                                                                                      [c or .2 for c in values]))
+    r = torch.rand(sum(sizes), generator=g).add_(shift).mul_(factor)
+    there = {d: r.to(d).split(sizes) for d in {t.device for t in like}} # one transfer
     return [there[t.device][i].view(t.shape) for i, t in enumerate(like)]
 
 # %% ../nbs/07d_trial.ipynb #7679ba4f
@@ -216,10 +220,12 @@ def stand_ins(
     stats = {id(b) for m in mods for k, b in m._buffers.items() if k in ('running_mean', 'running_var') and b is not None}
     ts = [t for t in params + buffers if t.is_floating_point()]
     shown = [t for t in ts if isinstance(t, nn.Parameter) or id(t) in stats]
-    flat = constant([t.data for t in shown])
-    new = _varied(list(flat.values()), [shown[i].data for i in flat], generator(seed, 'stand-ins')) if flat else []
-    out = {shown[i]: v.to(dtype or shown[i].dtype, copy=True) for i, v in zip(flat, new, strict=True)}
-    return out | {t: t.data.to(dtype) for t in ts if dtype is not None and t.dtype != dtype and t not in out}
+    flat = constant(shown)
+    like = [shown[i] for i in flat]
+    new = _varied(list(flat.values()), like, generator(seed, 'stand-ins')) if flat else []
+    seen = set(like)
+    rest = [t for t in ts if dtype is not None and t.dtype != dtype and t not in seen]
+    return dict(zip(like + rest, _copies(new + rest, [dtype or t.dtype for t in like + rest]), strict=True))
 
 @contextlib.contextmanager
 def standing_in(values):
@@ -261,7 +267,7 @@ class Trial:
         return [t.detach() for t in out]
 
     def outputs(self, noise=0.): # of all modes
-        g = generator(0, 'noise')
+        g = generator(0, 'noise') if noise else None
         def fn(t):
             if not t.is_floating_point(): return t.clone()
             t = t.to(self.dtype) if self.dtype else t.clone()
