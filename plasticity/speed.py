@@ -113,4 +113,4 @@ def short_life(
             callbacks=[*spread, monitor, Changes(monitor), keep, watch]).fit(epochs)
     kept = [(s.step, s.reason) for s in keep] if ranks.main else []
     sums = {k: [s.n, float(s.sum.double().sum()), float(s.gram.double().sum())] for k, s in monitor.stats.items()}
-    return dict(losses=torch.stack(watch.losses).tolist(), sizes=model.sizes()['hidden_sizes'], sums=sums, snapshots=kept)
+    return dict(losses=torch.stack(watch.losses).tolist(), sizes=list(model.sizes()['hidden_sizes']), sums=sums, snapshots=kept)

@@ -158,3 +158,40 @@ def test_ray_two_nodes_worker_and_driver_killed(tmp_path, cluster):
     for c in configs:
         local = json.loads((tmp_path/'local'/f'{config_key({k: v for k, v in c.items() if k in BASE})}.json').read_text())
         assert files[f'{config_key(c)}.json']['result'] == local['result']
+
+QUICK = 'training=standard', 'training.epochs=1', 'model.hidden_sizes=[4]', 'dryrun=true', 'logging.progress=false', 'device=cpu'
+
+def test_errors_come_back_from_other_processes(tmp_path, monkeypatch):
+    "A launcher's worker has a copy of the driver's lists: what fails there has to come back as an exception"
+    from plasticity import experiments as ex
+    from plasticity.training import Callback
+    monkeypatch.setattr(ex, 'POLICIES', dict(ex.POLICIES))
+    @ex.register_policy('trips')
+    class Trips(Callback):
+        def __init__(self, over:int=0): self.over = over
+        def after_step(self, t):
+            if self.over: raise OSError(f'fell over {self.over}')
+    words = '--multirun', *QUICK, 'policy=trips'
+    with pytest.raises(OSError, match='fell over 3'): ex.run_line(*words, 'policy.over=0,3', f'hydra.sweep.dir={tmp_path}/here')
+    at = iter([('host', 1)] + [('other', 2)]*9)
+    monkeypatch.setattr(ex, '_process', lambda: next(at))
+    with pytest.raises(OSError, match='fell over 3'): ex.run_line(*words, 'policy.over=0,3', f'hydra.sweep.dir={tmp_path}/there')
+    at = iter([('host', 1)] + [('other', 2)]*9)
+    assert ex.run_line(*words, 'policy.over=0', f'hydra.sweep.dir={tmp_path}/well') is None
+    assert (tmp_path/'well'/'0'/'report.html').exists()
+
+def test_a_worker_imports_what_the_line_imports(tmp_path):
+    "Nothing of the driver's registries is in a process that starts anew"
+    (tmp_path/'tiny_mine.py').write_text(
+        'from torch import nn\nfrom plasticity.models import register_model\n'
+        "@register_model('tiny_mine')\nclass TinyMine(nn.Sequential):\n"
+        '    def __init__(self, in_shape, num_classes, k:int=3):\n'
+        '        super().__init__(nn.Flatten(), nn.Linear(64, k), nn.Linear(k, num_classes))\n')
+    words = '--import', str(tmp_path/'tiny_mine.py'), *[w for w in QUICK if not w.startswith('model')], 'model=tiny_mine', 'model.k=5'
+    config, = line_configs(*words)
+    script = ('import json, sys\nfrom plasticity.sweeps import run_experiment\n'
+              'print(run_experiment(json.loads(sys.argv[1]), sys.argv[2], [sys.argv[3]])["steps"])')
+    args = [sys.executable, '-c', script, json.dumps(config), str(tmp_path/'run'), str(tmp_path/'tiny_mine.py')]
+    done = subprocess.run(args, cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 0 and sweep_line(*words, folder=tmp_path/'s').column('state') == ['done']
