@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import zoo
 from plasticity.edits import (Clone, Connect, Deepen, Disconnect, Edit, EditRecord, Prune, Reset, Widen, edit, replay)
+from plasticity.starts import fresh_tensors
 from plasticity.surgery import set_data
 from plasticity.units import (BilinearUnits, EditError, FrozenUnits, HardCodedShape, Indivisible, LastUnits, LiveGraph, MixedUnits,
                               NotPreserved,
@@ -635,3 +636,22 @@ def test_a_single_unit_whose_places_cannot_be_told_apart():
     net = Gated(2, bias=-100.); Widen('up', 1).apply(net, None, x)     # two units stand apart
     assert net.up.weight.shape == (6, 3)
     many = Gated(2, bias=100.); Widen('up', 1).apply(many, None, x)
+
+class Square(nn.Linear):
+    "Starts with orthogonal rows, which no row can do by itself"
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight); nn.init.zeros_(self.bias)
+
+@pytest.mark.parametrize('layer', [lambda: nn.Linear(16, 6), lambda: nn.Conv2d(4, 6, 2), lambda: Square(16, 6)])
+def test_new_rows_are_drawn_as_the_whole_layer_would_be(layer):
+    "Of a layer whose rows are drawn one by one only the new ones are; the spread is that of the whole layer"
+    first = layer()
+    conv, orthogonal = isinstance(first, nn.Conv2d), isinstance(first, Square)
+    net = nn.Sequential(first, nn.ReLU(), *([nn.Flatten()] if conv else []), nn.Linear(6, 2))
+    x, old = torch.randn(3, 4, 2, 2) if conv else torch.randn(3, 16), first.weight.detach().clone()
+    with edit(net, None, x) as e: e.widen('0', 8, start='zero', source=[-1])
+    new, again = first.weight.detach()[6:].flatten(1), fresh_tensors(first, 0, '0', rows=None if orthogonal else 8)['weight'].flatten(1)
+    assert torch.equal(first.weight[:6], old) and torch.equal(new, again[6:] if orthogonal else again)
+    assert len(new.unique()) == new.numel() and (net[-1].weight[:, 6:] == 0).all()
+    if orthogonal: assert torch.allclose(new @ new.T, torch.eye(8), atol=1e-5)
+    else: assert .2 < new.abs().max() <= .25 and new.std().item() == pytest.approx(.25 / 3**.5, rel=.2)
