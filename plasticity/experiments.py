@@ -7,7 +7,7 @@ __all__ = ['TRAININGS', 'POLICIES', 'GROWTHS', 'DISTRIBUTED', 'TRACKERS', 'SHOWN
            'register_training', 'register_policy', 'metric_options', 'task_options', 'logging_options', 'groups',
            'ConfigError', 'building', 'Experiment', 'standard', 'go', 'continual_learning', 'Record', 'trackers',
            'flat', 'read_run', 'task_figures', 'film_of_folder', 'live_part', 'write_report', 'summary',
-           'print_summary', 'plain_config', 'as_words', 'run_config', 'spread', 'AnyRanks', 'explain', 'run_line',
+           'print_summary', 'plain_config', 'as_words', 'run_config', 'spread', 'any_ranks', 'explain', 'run_line',
            'main']
 
 # %% ../nbs/21_experiments.ipynb #402e742d
@@ -176,8 +176,8 @@ class Experiment:
             policy, growth = POLICIES[self.choice('policy')](**self.options('policy')), self.growth()
             callbacks = [c for c in (self.distributed, Record(self), *trackers(self), Checkpoint(self.folder), policy, growth) if c]
             step = {k: v for k, v in self.options('optimizer').items() if k != 'reinit_optimizer'}
-            trainer = AnyRanks(self.model, self.data, optimizer=self.choice('optimizer'), **step, device=self.device,
-                           progress=self.config['logging']['progress'], callbacks=callbacks, **options)
+            trainer = any_ranks(Trainer(self.model, self.data, optimizer=self.choice('optimizer'), **step, device=self.device,
+                                        progress=self.config['logging']['progress'], callbacks=callbacks, **options))
             if growth: self.model.attach(trainer.optimizer)
             if self.distributed: self.distributed.refuse(trainer)
             return trainer
@@ -589,12 +589,14 @@ def _place(folder, resume, part):
         if resume: shutil.copytree(folder, mine, dirs_exist_ok=True)
         yield folder, Path(mine)
 
-class AnyRanks(Trainer):
-    "A trainer that takes over checkpoints of one process and of several: `Distributed` has no state"
-    def load_state_dict(self, state):
-        here = [['Distributed', {}] for c in self.callbacks if isinstance(c, Distributed)]
-        rest = [c for c in state['callbacks'] if c[0] != 'Distributed']
-        super().load_state_dict(state | dict(callbacks=[*here, *rest]))
+def any_ranks(
+    trainer
+): # the same trainer
+    "Lets a trainer take over checkpoints of one process and of several: `Distributed` has no state"
+    load, here = trainer.load_state_dict, [['Distributed', {}] for c in trainer.callbacks if isinstance(c, Distributed)]
+    def taken(state): load(state | dict(callbacks=[*here, *(c for c in state['callbacks'] if c[0] != 'Distributed')]))
+    trainer.load_state_dict = taken
+    return trainer
 
 # %% ../nbs/21_experiments.ipynb #02813670
 def explain(
