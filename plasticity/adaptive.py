@@ -25,7 +25,7 @@ from .quantization import (FakeQuantize, fake_quantize, latencies, load_quantize
                                      save_quantized)
 from .removal import RemoveLayer, affine_fit, removable
 from .results import did_you_mean, generator, method, seeded
-from .schedules import OF, Averaging, Schedule, Scheduled, as_schedule
+from .schedules import OF, Averaging, Schedule, Scheduled, _number, _whole, as_schedule
 from .surgery import Surgeon
 from .training import evaluating
 from .trial import relative
@@ -68,6 +68,7 @@ def parity(
 ):
     "Whether the number of ones among some bits is odd"
     if isinstance(bits, bool) or not isinstance(bits, int) or bits < 1: raise ValueError(f'bits: got {bits!r}, takes a whole number from 1')
+    _whole('rows', rows, 1)
     if bits <= 16: x = test = ((torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1).float()
     else: x, test = _drawn(rows, bits, seed, 'train'), _drawn(max(1, rows//4), bits, seed, 'test')
     y, y_test = (v.sum(1).long() % 2 for v in (x, test))
@@ -103,6 +104,7 @@ class AdaptiveMLP(Expandable):
         seed:int=None, # of the weights and of growth; the global random state and 0 if None
         **options # of `plasticity.models.MLP`
     ):
+        if start not in STARTS: raise ValueError(f'start: got {start!r}{did_you_mean(str(start), STARTS)}')
         shape = (in_shape,) if isinstance(in_shape, int) else tuple(in_shape)
         with nullcontext() if seed is None else seeded(seed, 'model'):
             body = (SkipMLP if skip else MLP)(in_shape, num_classes, tuple(hidden_sizes), activation=activation, **options)
@@ -211,7 +213,9 @@ class FullLayers(Measured):
         decay:float=.99 # of the averages, per measured batch
     ):
         super().__init__(Schedule(1000, cooldown=1000, min_samples=1000) if schedule is None else schedule, decay)
-        if not 0 <= threshold <= 1: raise ValueError(f'threshold: got {threshold!r}, takes a share from 0 to 1')
+        _number('threshold', threshold, 0, 1); _number('ratio', ratio, 0); _number('solved', solved, none=True)
+        for k, v in dict(max_width=max_width, max_depth=max_depth).items():
+            if v is not None: _whole(k, v, 1)
         if of not in OF: raise ValueError(f'of: got {of!r}{did_you_mean(of, OF)}')
         self.threshold, self.ratio, self.of, self.solved = threshold, ratio, of, solved
         self.max_width, self.max_depth, self.shape = max_width, max_depth, None
@@ -242,7 +246,10 @@ class IdleUnits(Measured):
         schedule=500, # a `Schedule`, or a number of steps
         alive:float=.01, # share of samples: a unit that is active on fewer is idle
         decay:float=.99 # of the averages, per measured batch
-    ): super().__init__(schedule, decay); self.alive = alive
+    ):
+        super().__init__(schedule, decay)
+        _number('alive', alive, 0, 1)
+        self.alive = alive
 
     def propose(self, trainer):
         out = []
@@ -257,7 +264,10 @@ class WeakUnits(Scheduled):
     def __init__(self,
         schedule=500, # a `Schedule`, or a number of steps
         threshold:float=1e-2 # of the largest |outgoing weight|
-    ): super().__init__(schedule); self.threshold = threshold
+    ):
+        super().__init__(schedule)
+        _number('threshold', threshold, 0)
+        self.threshold = threshold
 
     def propose(self, trainer):
         return [Prune(k, i.tolist()) for k, i in weak_units(trainer.model, trainer.x[:2], self.threshold).items()]
@@ -267,7 +277,10 @@ class AffineLayers(Scheduled):
     def __init__(self,
         schedule=1000, # a `Schedule`, or a number of steps
         explained:float=.9999 # share of the activations' variance that straight lines must explain
-    ): super().__init__(schedule); self.explained = explained
+    ):
+        super().__init__(schedule)
+        _number('explained', explained, 0, 1)
+        self.explained = explained
 
     def propose(self, trainer):
         lines = [trainer.model.line(i, trainer.x) for i in range(len(trainer.model.layers))] if len(trainer.model.layers) > 1 else []
@@ -280,6 +293,7 @@ class WeakWeights(Masks):
         schedule=500, # a `Schedule`, or a number of steps
         threshold:float=1e-2 # of |weight|
     ):
+        _number('threshold', threshold, 0)
         self.schedule, self.threshold, self.model, self.gone, self.samples, self.saved = as_schedule(schedule), threshold, None, {}, 0, None
 
     def before_fit(self, trainer):

@@ -33,6 +33,7 @@ def pictures(
 ) -> Pictures:
     """The images of a data set, to be learned without labels; `y_train` and `y_test` still hold the classes.
     Raises: ValueError for data that are no images"""
+    if not isinstance(data, Data): raise ValueError(f'data: got a {type(data).__name__}, takes a `Data` of images')
     if not data.images: raise ValueError(f'data: got {data.name} with samples of shape {data.shape}, takes images')
     new = copy.copy(data)
     new.__class__ = Pictures
@@ -91,6 +92,7 @@ class VAE(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-1.)) if likelihood == 'gaussian' else None
 
     def encode(self, x): # mean and log variance (images, dimensions)
+        if x.shape[1:] != self.in_shape: raise ValueError(f'x: got images of shape {tuple(x.shape[1:])}, takes {self.in_shape}')
         h = self.encoder(x).flatten(1)
         return self.mu(h), self.logvar(h)
 
@@ -113,8 +115,11 @@ def _checked(in_shape, channels, latent_dim, likelihood, beta):
         raise ValueError(f'channels: got {channels!r}, takes the channels of one stage or more')
     if not whole(latent_dim): raise ValueError(f'latent_dim: got {latent_dim!r}, takes a whole number from 1')
     if likelihood not in LIKELIHOODS: raise ValueError(f'likelihood: got {likelihood!r}{did_you_mean(str(likelihood), LIKELIHOODS)}')
-    if not beta >= 0: raise ValueError(f'beta: got {beta!r}, takes a number from 0')
+    if isinstance(beta, str) or not beta >= 0: raise ValueError(f'beta: got {beta!r}, takes a number from 0')
     return shape, channels
+
+def _at_least_one(name, n):
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'{name}: got {n!r}, takes a whole number from 1')
 
 # %% ../nbs/18u_elbo.ipynb #77ceca45
 def kl_divergence(
@@ -158,8 +163,7 @@ class Warmup(Callback):
     def __init__(self,
         steps:int # until it is all there
     ):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f'steps: got {steps!r}, takes a whole number from 1')
+        _at_least_one('steps', steps)
         self.steps = steps
     def before_step(self, trainer): trainer.model.weight = trainer.model.beta*min(1., (trainer.step + 1)/self.steps)
 
@@ -173,6 +177,7 @@ def elbo(
     rows:int=2048 # decoded at a time
 ) -> dict: # elbo, reconstruction, kl: (images,), nats
     "The bound of each image, its two terms apart"
+    _at_least_one('samples', samples)
     parts = []
     with evaluating(model):
         for i, b in enumerate(x.split(max(1, rows//samples))):
@@ -199,6 +204,7 @@ def importance_bound(
 ) -> torch.Tensor: # (images,), nats
     """The importance-weighted bound of each image, tighter with every draw.
     Source: Burda et al. 2016, arXiv:1509.00519, eq. 8"""
+    _at_least_one('k', k)
     out = []
     with evaluating(model):
         for i, b in enumerate(x.split(max(1, rows//k))):
@@ -235,6 +241,7 @@ def sample(self,
     "Images from the prior, or from given latent numbers"
     like = self.mu.weight
     if z is None: z = torch.randn(n, like.shape[0], generator=generator(seed, 'prior'))
+    if z.dim() != 2 or z.shape[1] != like.shape[0]: raise ValueError(f'z: got shape {tuple(z.shape)}, takes (images, {like.shape[0]})')
     with evaluating(self): return self.decode(z.to(like)).sigmoid()
 
 # %% ../nbs/18u_elbo.ipynb #6380d56e
@@ -258,5 +265,8 @@ def reconstruct(self,
         mu, logvar = self.encode(x)
         if noise is None and seed is None: return self.decode(mu).sigmoid()
         eps = own_noise(*mu.shape, seed or 0).to(mu)
-        if noise is not None: eps[:, :noise.shape[1]] = noise.to(mu)
+        if noise is not None:
+            if noise.dim() != 2 or len(noise) != len(mu) or noise.shape[1] > mu.shape[1]:
+                raise ValueError(f'noise: got shape {tuple(noise.shape)}, takes ({len(mu)}, {mu.shape[1]}) or fewer dimensions')
+            eps[:, :noise.shape[1]] = noise.to(mu)
         return self.decode(mu + (logvar/2).exp()*eps).sigmoid()

@@ -9,6 +9,7 @@ __all__ = ['POOLS', 'NORMS', 'CRITERIA', 'macs', 'Evidence', 'size', 'criterion'
 
 # %% ../nbs/15b_pruning.ipynb #91419f47
 import copy, math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,12 @@ from torch import nn
 from .edits import Prune, edit
 from .monitors import ACTIVATIONS
 from .results import did_you_mean, generator, method
-from .schedules import Schedule, Scheduled
+from .schedules import Schedule, Scheduled, _number, _whole
 from .starts import fresh_tensors
 from .tensors import find, owner
 from .training import Callback, evaluating
 from .trial import as_examples, tensors_in
-from .units import units
+from .units import EditError, units
 
 # %% ../nbs/15b_pruning.ipynb #4c465487
 POOLS = tuple(c for n, c in vars(nn.modules.pooling).items() if n.endswith(('1d', '2d', '3d')) and isinstance(c, type))
@@ -168,6 +169,10 @@ def prunable(
         out.append(g)
     return out
 
+def _known(criterion):
+    if criterion in CRITERIA: return criterion
+    raise ValueError(f'criterion: got {criterion!r}{did_you_mean(str(criterion), CRITERIA)}')
+
 def importance(
     model, # any module
     examples, # an input of it, or a list of them
@@ -178,9 +183,7 @@ def importance(
     approx=False # also those with a norm over them
 ) -> dict: # group name -> scores (units,)
     "How much each unit matters"
-    if not callable(criterion):
-        if criterion not in CRITERIA: raise ValueError(f'criterion: got {criterion!r}{did_you_mean(criterion, CRITERIA)}')
-        criterion = CRITERIA[criterion]
+    if not callable(criterion): criterion = CRITERIA[_known(criterion)]
     e = Evidence(model, data, loss)
     return {g.name: criterion(g, e) for g in prunable(model, examples, groups, approx)}
 
@@ -193,7 +196,7 @@ def chosen(
     relative:bool=True # 'global': divide scores by their group's mean
 ) -> dict: # group name -> numbers of the units that go; groups that lose none are left out
     "The units of lowest score"
-    if not 0 <= ratio < 1: raise ValueError(f'ratio: got {ratio!r}, takes a share from 0, below 1')
+    _below_one('ratio', ratio); _whole('at_least', at_least, 1)
     if scope not in ('layer', 'global'): raise ValueError(f'scope: got {scope!r}{did_you_mean(scope, ("layer", "global"))}')
     if scope == 'layer': return lowest(scores, {k: int(len(v)*ratio + 1e-9) for k, v in scores.items()}, at_least)
     rows = [(v/v.mean().clamp(min=1e-30) if relative else v) for v in scores.values()]
@@ -203,6 +206,9 @@ def chosen(
     for i in of[torch.cat(rows).argsort(stable=True)].tolist():
         if todo and left[i] > 0: counts[i] += 1; left[i] -= 1; todo -= 1
     return lowest(scores, dict(zip(scores, counts, strict=True)), at_least)
+
+def _below_one(name, v):
+    if not isinstance(v, Real) or not 0 <= v < 1: raise ValueError(f'{name}: got {v!r}, takes a share from 0, below 1')
 
 def lowest(scores, counts, at_least=1): # counts: name -> units
     "The lowest of each group"
@@ -229,10 +235,18 @@ def prune_units(
     """Remove units; the function becomes that of the network in which nothing reads them.
     Raises: an EditError that says why not; the model is then as it was"""
     gone = index
-    if gone is None: gone = chosen(importance(model, examples, criterion, data, loss, groups, approx), ratio, scope, at_least)
+    if gone is None:
+        scores = importance(model, examples, criterion, data, loss, groups, approx)
+        if not scores: raise EditError(f'prune: no group can lose units{_reasons(units(model, examples))}')
+        gone = chosen(scores, ratio, scope, at_least)
     with edit(model, optimizer, examples, ema, check=check) as e:
         for name, i in gone.items(): e.do(Prune(name, i, approx))
     return e.record
+
+def _reasons(groups): # why none of them can be pruned
+    why = [f"{g.name}: {kind}, {text}{'; approx=True prunes it all the same' if kind == 'MixedUnits' else ''}"
+           for g in groups for kind, text in [g.blocked.get('prune', (None, None))] if kind]
+    return ''.join(f'\n  {line}' for line in why[:3])
 
 # %% ../nbs/15b_pruning.ipynb #bd20dff1
 def weak_units(
@@ -242,6 +256,7 @@ def weak_units(
     groups=None # names; None: all that can be pruned
 ) -> dict: # group name -> numbers of weak units; the strongest of a group stays
     "Units that nothing reads strongly"
+    _number('threshold', threshold, 0)
     out = {}
     for g in prunable(model, examples, groups):
         strong = torch.zeros(g.n)
@@ -265,7 +280,8 @@ class Masks(Callback):
         names=None # of weights; None: all of at least two dimensions
     ):
         if (share is None) == (threshold is None): raise ValueError('share, threshold: takes one of both')
-        if share is not None and not 0 <= share < 1: raise ValueError(f'share: got {share!r}, takes a number from 0, below 1')
+        if share is not None: _below_one('share', share)
+        _number('threshold', threshold, 0, none=True)
         if scope not in ('layer', 'global'): raise ValueError(f'scope: got {scope!r}{did_you_mean(scope, ("layer", "global"))}')
         known = [n for n, p in model.named_parameters() if p.dim() > 1]
         for n in names or ():
@@ -341,8 +357,10 @@ class IterativePruning(Scheduled):
         groups=None, # names; None: all that can be pruned
         at_least:int=1 # units that stay in each group
     ):
+        _whole('rounds', rounds, 1)
         super().__init__(Schedule(every, start=start, limit=rounds))
-        chosen({}, ratio, 'layer')
+        chosen({}, ratio, scope, at_least) # looks at the arguments
+        if not callable(criterion): _known(criterion)
         self.ratio, self.rounds, self.criterion, self.scope, self.groups, self.at_least = ratio, rounds, criterion, scope, groups, at_least
         self.first = None # group name -> units at the beginning
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .results import Table, did_you_mean, pick_device, write_atomic
-from .schedules import as_schedule
+from .schedules import _whole, as_schedule
 from .training import Callback
 
 # %% ../nbs/15c_quantization.ipynb #3f398503
@@ -49,6 +49,8 @@ def quantize(
 ) -> tuple: # whole numbers of the shape of w (int8 or int16), largest |value| of each row
     """Weights as whole numbers.
     Raises: ValueError for weights that are not finite"""
+    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
+        raise ValueError(f"w: got {w.dtype if isinstance(w, torch.Tensor) else type(w).__name__}, takes a tensor of floating point numbers")
     top, x = _top(bits), w.detach().to(_wide(w))
     if not x.isfinite().all(): raise ValueError('w: got values that are not finite')
     if not x.numel(): return x.to(torch.int8), x.new_zeros(1)
@@ -227,16 +229,25 @@ def torchao_quantized(
     scheme:str='int8_weight' # one of `SCHEMES`
 ): # a copy; bfloat16 for 'bfloat16' and 'int4_weight'
     """A copy of a model whose linear layers run as the scheme says.
-    Raises: ImportError where torchao is missing, ValueError for a scheme that the device does not have"""
+    Raises: ImportError where torchao is missing, ValueError for a scheme that the device does not have or that no layer can run"""
     if scheme not in SCHEMES: raise ValueError(f'scheme: got {scheme!r}{did_you_mean(scheme, SCHEMES)}')
     new = copy.deepcopy(model).eval().requires_grad_(False)
     if scheme in ('bfloat16', 'int4_weight'): new = new.bfloat16()
     if scheme.startswith('int'):
         config = _torchao(scheme, new)
         from torchao.quantization import quantize_
-        by = dict(int8_weight=1, int8_dynamic=16, int4_weight=32)[scheme] # what the kernels take
-        quantize_(new, config, filter_fn=lambda m, _: isinstance(m, nn.Linear) and not (m.in_features % by or m.out_features % min(by, 16)))
+        takes = _takes(scheme, next(new.parameters()).device.type)
+        if not any(map(takes, new.modules())): raise ValueError(f'scheme: {scheme} runs no linear layer of this model here: {_layers(new)}')
+        quantize_(new, config, filter_fn=lambda m, _: takes(m))
     return new
+
+def _takes(scheme, device): # function of a module
+    by = dict(int8_weight=(1, 1), int8_dynamic=(8, 8) if device == 'cuda' else (1, 1), int4_weight=(32, 16))[scheme]
+    return lambda m: isinstance(m, nn.Linear) and not (m.in_features % by[0] or m.out_features % by[1])
+
+def _layers(model): # how many linear layers are not in floating point
+    own = [m.weight.data for m in model.modules() if isinstance(m, nn.Linear)]
+    return f'{sum(type(w) is not torch.Tensor for w in own)} of {len(own)}'
 
 def stored_bytes(
     model # any module
@@ -271,15 +282,17 @@ def latencies(
     repeats:int=20, # calls each; the median counts
     compile:bool=False, # through `torch.compile`
     accuracy=None # function of a model -> number, or None
-) -> Table: # scheme, ms, bytes, accuracy, verdict
+) -> Table: # scheme, layers that run as it says, ms, bytes, accuracy, verdict
     "What each scheme takes, beside the reference"
+    _whole('repeats', repeats, 1)
     device, rows = pick_device(device), []
     model, x = copy.deepcopy(model).to(device).eval(), x.to(device)
     for s in schemes:
         if s not in SCHEMES: raise ValueError(f'schemes: got {s!r}{did_you_mean(s, SCHEMES)}')
-        row = dict(scheme=s, device=device.type, batch=len(x), compiled=compile, ms=None, bytes=None, accuracy=None)
+        row = dict(scheme=s, device=device.type, batch=len(x), compiled=compile, layers=None, ms=None, bytes=None, accuracy=None)
         try:
             q = torchao_quantized(model, s)
+            if s.startswith('int'): row['layers'] = _layers(q)
             row |= _timed(q, x.to(next(q.parameters()).dtype), device, repeats, compile)
             if accuracy: row['accuracy'] = accuracy(q)
         except Exception as e: row['verdict'] = f"not here: {' '.join(str(e).split())[:120]}" # whatever a kernel or compiler raises

@@ -8,6 +8,9 @@ __all__ = ['OF', 'Schedule', 'as_schedule', 'due', 'note', 'UnitAverages', 'acti
            'Scheduled', 'followers', 'Averaging', 'carry_out', 'said']
 
 # %% ../nbs/15a_schedules.ipynb #919cdaaf
+import math
+from numbers import Real
+
 import torch
 
 from .edits import edit
@@ -47,6 +50,11 @@ class Schedule:
 
 def _whole(name, v, least):
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{name}: got {v!r}, takes a whole number from {least}')
+
+def _number(name, v, low=-math.inf, high=math.inf, none=False): # None too, if `none`
+    if (v is None and none) or (isinstance(v, Real) and not isinstance(v, bool) and low <= v <= high): return
+    between = '' if low == -math.inf else f' from {low}' if high == math.inf else f' from {low} to {high}'
+    raise ValueError(f"{name}: got {v!r}, takes a number{between}{' or None' if none else ''}")
 
 def as_schedule(v): # a schedule, or a number of steps
     "A schedule"
@@ -136,7 +144,8 @@ class Averages(Callback):
         every:int=10, # steps between measured batches
         rows:int=512 # most rows of a layer looked at
     ):
-        if not 0 <= decay < 1: raise ValueError(f'decay: got {decay!r}, takes a number from 0, below 1')
+        if not isinstance(decay, Real) or not 0 <= decay < 1: raise ValueError(f'decay: got {decay!r}, takes a number from 0, below 1')
+        _whole('every', every, 1); _whole('rows', rows, 1)
         self.model, self.layers, self.decay, self.every, self.rows = model, layers, decay, every, rows
         self.monitor, self.of = None, {}
         if model is not None: self._open()
@@ -197,7 +206,8 @@ def after_step(self, trainer):
     if (trainer.step - 1) % self.every == 0: self.update()
 
 @method(Averages)
-def after_fit(self, trainer): self.monitor.remove()
+def after_fit(self, trainer):
+    if self.monitor is not None: self.monitor.remove()
 
 @method(Averages)
 def renewed(self):
@@ -228,6 +238,7 @@ class Scheduled(Callback):
         propose=None # function of the trainer -> edits, one edit or None; or a method of a subclass
     ):
         self.schedule, self.events, self.samples = as_schedule(schedule), [], 0
+        if propose is not None and not callable(propose): raise ValueError(f'propose: got {propose!r}, takes a function of the trainer')
         if propose is not None: self.propose = propose
 
     def propose(self, trainer): raise NotImplementedError(f'{type(self).__name__}: takes propose=, a function of the trainer')

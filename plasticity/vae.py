@@ -19,7 +19,7 @@ from .models import register_model
 from .pruning import macs
 from .quantization import FakeQuantize
 from .results import Table, did_you_mean, generator, method
-from .schedules import Averaging, Schedule, as_schedule
+from .schedules import Averaging, Schedule, _number, _whole, as_schedule
 from .starts import sources
 from .surgery import kept_sizes
 from .training import Callback, Trainer, evaluating
@@ -80,6 +80,8 @@ def grow(self,
 ): # the EditRecord
     "Add channels and latent dimensions after those there are; function, bound and moments stay"
     more = channels if isinstance(channels, dict) else dict.fromkeys(self.stages, channels)
+    for v in more.values(): _whole('channels', v, 0)
+    _whole('latent', latent, 0)
     known(self, [k for k, v in more.items() if v])
     with edit(self, optimizer, self.example, followers) as session:
         for name, k in more.items():
@@ -171,6 +173,8 @@ class Busy(Watching):
         decay:float=.99 # of the averages, per measured batch
     ):
         super().__init__(Schedule(1000, cooldown=1000, min_samples=1000) if schedule is None else schedule, decay)
+        _number('threshold', threshold); _number('ratio', ratio, 0); _number('idle', idle)
+        for k, v in dict(max_channels=max_channels, max_latent=max_latent).items(): _whole(k, v, 1)
         self.threshold, self.ratio, self.limits, self.idle, self.grown = threshold, ratio, (max_channels, max_latent), idle, {}
 
     def propose(self, trainer):
@@ -201,6 +205,7 @@ class Idle(Watching):
         decay:float=.99 # of the averages, per measured batch
     ):
         super().__init__(schedule, decay)
+        _number('threshold', threshold); _whole('min_channels', min_channels, 1); _whole('min_latent', min_latent, 1)
         self.threshold, self.least = threshold, (min_channels, min_latent)
 
     def propose(self, trainer):
@@ -220,7 +225,9 @@ class Diary(Callback):
     def __init__(self,
         rows:int=256, # test images measured on
         every:int=1 # epochs
-    ): self.rows, self.every, self.flops, self.rate = rows, every, 0., None
+    ):
+        _whole('rows', rows, 1); _whole('every', every, 1)
+        self.rows, self.every, self.flops, self.rate = rows, every, 0., None
 
     def before_fit(self, trainer): self.rate = None
     def renewed(self): self.rate = None
@@ -269,6 +276,7 @@ def vae_trainer(
 ) -> Trainer:
     "A trainer for an autoencoder"
     data = data if isinstance(data, Pictures) and not binary else pictures(data, binary)
+    if data.shape != model.in_shape: raise ValueError(f'data: got {data.name}, images of {data.shape}; the model takes {model.in_shape}')
     first = [Warmup(warmup_kl)] if warmup_kl else []
     diary = [Diary()] if isinstance(model, AdaptiveVAE) else []
     return Trainer(model, data, loss=model.loss, callbacks=[*first, *callbacks, *diary], **dict(batch_size=128, lr=1e-3) | options)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from plasticity.adaptive import AdaptiveMLP
 from plasticity.data import Data, get_data
 from plasticity.models import make_model, num_parameters
 from plasticity.quantization import (SCHEMES, FakeQuantize, dequantize, fake_quantize, latencies, load_quantized, pack_bits, quantize,
@@ -135,6 +136,31 @@ def test_torchao(scheme):
     q = torchao_quantized(m, scheme)
     with torch.no_grad(): assert (q(x) - m(x)).abs().max() < .05*m(x).abs().max()
     assert all(type(p.data) is torch.Tensor for p in m.parameters())                           # the model itself is untouched
+
+@pytest.mark.parametrize('scheme', ['int8_weight', 'int8_dynamic'])
+def test_torchao_takes_a_model_that_was_pruned_and_has_grown(scheme):
+    pytest.importorskip('torchao', reason='torchao is not installed: pip install torchao')
+    m = AdaptiveMLP(64, 10, (48, 40), seed=0)
+    m.expand_layer_width(0, 5); m.shrink_layer_width(1, 7); m.eval()
+    x = torch.randn(50, 64, generator=generator(0))
+    q = torchao_quantized(m, scheme)
+    assert [tuple(l.weight.shape) for l in m.modules() if isinstance(l, nn.Linear)] == [(53, 64), (33, 53), (10, 33)]
+    assert all(type(l.weight.data) is not torch.Tensor for l in q.modules() if isinstance(l, nn.Linear))
+    with torch.no_grad(): assert 0 < (q(x) - m(x)).abs().max() < .05*m(x).abs().max()
+    row = latencies(m, x, ['float32', scheme], device='cpu', repeats=2)[1]
+    assert row['layers'] == '3 of 3' and row['bytes'] < .4*4*num_parameters(m)
+
+def test_a_scheme_that_would_run_nothing_is_refused_and_told():
+    pytest.importorskip('torchao', reason='torchao is not installed: pip install torchao')
+    m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    with pytest.raises(ValueError, match='scheme: int8_dynamic.*0 of 0'): torchao_quantized(m, 'int8_dynamic')
+    row = latencies(m, torch.randn(2, 1, 5, 5), ['float32', 'int8_dynamic'], device='cpu', repeats=2)[1]
+    assert row['ms'] is None and row['verdict'].startswith('not here')
+
+def test_what_is_no_weight_is_refused():
+    for w in ([1., 2.], torch.ones(3, dtype=torch.long)):
+        with pytest.raises(ValueError, match='^w: got'): fake_quantize(w)
+    with pytest.raises(ValueError, match='^repeats: got'): latencies(nn.Linear(2, 2), torch.ones(1, 2), repeats=0)
 
 def test_the_latency_table_says_what_is_slower():
     m = make_model('mlp', 64, 10, seed=0, hidden_sizes=(64,)).eval()

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, WeakWeights
 from plasticity.data import Data
 from plasticity.edits import Prune, Widen
 from plasticity.models import make_model
@@ -64,6 +65,45 @@ def test_a_schedule_goes_on_from_its_state():
                                                (dict(min_samples=-1), 'min_samples'), (dict(when=3), 'when'), (dict(limit=0), 'limit')])
 def test_wrong_arguments_say_their_name(options, name):
     with pytest.raises(ValueError, match=name): Schedule(**{'every': 1} | options)
+
+@pytest.mark.parametrize(('make', 'name'), [
+    (lambda: Averages(decay='x'), 'decay'), (lambda: Averages(every=0), 'every'), (lambda: Averages(rows=0), 'rows'),
+    (lambda: Scheduled(3, propose=5), 'propose'), (lambda: FullLayers(ratio=-1), 'ratio'), (lambda: FullLayers(ratio='x'), 'ratio'),
+    (lambda: FullLayers(threshold='x'), 'threshold'), (lambda: FullLayers(max_width=0), 'max_width'),
+    (lambda: FullLayers(max_depth=-1), 'max_depth'), (lambda: FullLayers(solved='no'), 'solved'), (lambda: IdleUnits(alive=2), 'alive'),
+    (lambda: WeakUnits(threshold=-1), 'threshold'), (lambda: WeakWeights(threshold='a'), 'threshold'),
+    (lambda: AffineLayers(explained=1.1), 'explained'), (lambda: AdaptiveMLP(4, 2, (3,), start='nought'), 'start')])
+def test_policies_look_at_their_arguments(make, name):
+    with pytest.raises(ValueError, match=f'^{name}: got'): make()
+
+def test_a_policy_on_a_model_that_cannot_change_says_so():
+    with pytest.raises(TypeError, match='model: got a MLP'):
+        Trainer(make_model('mlp', 4, 2, seed=0), small(), batch_size=16, device='cpu', callbacks=[FullLayers(4)]).fit(1)
+
+@pytest.mark.parametrize('accumulate', [1, 3])
+def test_odd_steps_and_samples_in_training_however_a_batch_is_cut(accumulate):
+    p = Scheduled(Schedule(7, cooldown=9, min_samples=155), lambda t: Widen('layers.0.linear', 1, start='zero'))
+    Trainer(make_model('mlp', 4, 2, seed=1, hidden_sizes=(4,)), small(93), batch_size=10, accumulate=accumulate, device='cpu',
+            callbacks=[p], eval_every=0).fit(9)                                               # the last batch of ten has three rows
+    want, last, before = [], None, 0
+    for t in range(1, 91):
+        seen = t//10*93 + t % 10*10
+        if t % 7 == 0 and (last is None or t > last + 9) and seen - before >= 155: want.append(t); last, before = t, seen
+    assert [e['step'] for e in p.events] == want == [21, 42, 63, 84] and p.samples == 9*93
+
+def test_one_activation_over_ninety_percent_of_millions():
+    class Given(nn.Module):
+        def __init__(self): super().__init__(); self.act, self.w, self.on = nn.ReLU(), nn.Linear(1, 1000), 0
+        def forward(self, x):
+            h = torch.zeros(len(x)*1000); h[:self.on] = 1.
+            return self.act(h.view(len(x), 1000) + 0*self.w(x))
+    net = Given()
+    a = Averages(net, layers='act', decay=.9, every=1, rows=3000)
+    with a:
+        for more, full in ((0, False), (3, True)):                                            # .9 and .900001
+            net.on = 2_700_000 + more
+            a.of.clear(); net(torch.ones(3000, 1)); a.update()
+            assert a.full('act', .9) is full
 
 def test_active_share_counts_activations_exactly():
     h = torch.ones(10, 10)

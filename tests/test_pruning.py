@@ -12,7 +12,7 @@ from plasticity.models import make_model, num_parameters
 from plasticity.pruning import CRITERIA, IterativePruning, Masks, chosen, importance, macs, prune_units, pruned_like, weak_units
 from plasticity.results import generator
 from plasticity.training import Trainer
-from plasticity.units import units
+from plasticity.units import EditError, units
 
 torch.set_num_threads(1)
 MADE = dict(mlp=((12,), dict(hidden_sizes=(10, 8))), cnn=((3, 8, 8), dict(channels=(4, 6), hidden_sizes=(8,), normalization='batch')),
@@ -182,3 +182,23 @@ def test_pruned_like_gives_the_small_network_fresh():
     prune_units(m, x, .5)
     fresh = pruned_like(m)
     assert num_parameters(fresh) == num_parameters(m) and not torch.equal(fresh.head.weight, m.head.weight)
+
+def test_where_nothing_can_go_the_reason_is_told():
+    m, x = make_model('mlp', 12, 3, seed=0, hidden_sizes=(9, 7), normalization='layer'), torch.randn(4, 12)
+    with pytest.raises(EditError, match='layers.0.linear: MixedUnits.*approx=True'): prune_units(m, x, .5)
+    assert num_parameters(m) == num_parameters(make_model('mlp', 12, 3, hidden_sizes=(9, 7), normalization='layer'))
+    prune_units(m, x, .5, approx=True)
+    assert m.sizes()['hidden_sizes'] == (5, 4)
+
+@pytest.mark.parametrize(('options', 'name'), [
+    (dict(ratio='a'), 'ratio'), (dict(rounds=0), 'rounds'), (dict(criterion='tailor'), 'criterion'), (dict(scope='all'), 'scope'),
+    (dict(at_least=0), 'at_least'), (dict(every=0), 'every')])
+def test_iterative_pruning_looks_at_its_arguments(options, name):
+    with pytest.raises(ValueError, match=f'^{name}: got'): IterativePruning(**options)
+
+def test_masks_and_weak_units_look_at_their_arguments():
+    m, x = built('mlp')
+    for name, f in dict(share=lambda: Masks(m, share='a'), threshold=lambda: Masks(m, threshold=-1.)).items():
+        with pytest.raises(ValueError, match=f'^{name}: got'): f()
+    with pytest.raises(ValueError, match='^threshold: got'): weak_units(m, x, 'a')
+    with pytest.raises(ValueError, match='^at_least: got'): chosen(dict(a=torch.ones(3)), .5, at_least=0)

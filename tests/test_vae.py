@@ -16,7 +16,7 @@ from plasticity.results import generator, seeded
 from plasticity.schedules import Schedule
 from plasticity.training import Trainer
 from plasticity.units import EditError, units
-from plasticity.vae import AdaptiveVAE, Busy, Idle, WidenLatent, adaptation, vae_trainer
+from plasticity.vae import AdaptiveVAE, Busy, Diary, Idle, WidenLatent, adaptation, vae_trainer
 
 torch.set_num_threads(1)
 
@@ -248,6 +248,24 @@ def test_pictures():
                                         (dict(latent_dim=0), 'latent_dim'), (dict(in_shape=7), 'in_shape'), (dict(beta=-1.), 'beta')])
 def test_wrong_arguments(bad, match):
     with pytest.raises(ValueError, match=match): AdaptiveVAE(**bad)
+
+@pytest.mark.parametrize(('make', 'name'), [
+    (lambda m, x: m.encode(torch.rand(3, 1, 20, 20)), 'x'), (lambda m, x: m.sample(z=torch.zeros(2, 9)), 'z'),
+    (lambda m, x: m.reconstruct(x, noise=torch.zeros(16, 9)), 'noise'), (lambda m, x: elbo(m, x, 0), 'samples'),
+    (lambda m, x: importance_bound(m, x, 0), 'k'), (lambda m, x: m.grow(channels=-1), 'channels'),
+    (lambda m, x: m.grow(latent=1.5), 'latent'),
+    (lambda m, x: Busy(ratio=-1), 'ratio'), (lambda m, x: Busy(threshold='x'), 'threshold'),
+    (lambda m, x: Busy(max_latent=0), 'max_latent'),
+    (lambda m, x: Idle(min_channels=0), 'min_channels'), (lambda m, x: Idle(threshold='x'), 'threshold'),
+    (lambda m, x: Diary(every=0), 'every'),
+    (lambda m, x: vae_trainer(m, get_data('digits').subset(32)), 'data'), (lambda m, x: pictures(3), 'data')])
+def test_wrong_inputs_are_told_by_name(make, name):
+    model, _, x = made(steps=0)
+    with pytest.raises(ValueError, match=f'^{name}: got'): make(model, x)
+
+def test_a_policy_of_autoencoders_on_another_model_says_so():
+    with pytest.raises(TypeError, match='model: got a Linear'):
+        Trainer(nn.Linear(64, 10), get_data('digits').subset(64, 32), device='cpu', callbacks=[Busy()]).fit(1)
 
 # --- policies and training
 
