@@ -14,7 +14,7 @@ from plasticity.models import make_model
 from plasticity.monitors import SUMS, Monitor
 from plasticity.policies import Growth
 from plasticity.remedies import ReDo
-from plasticity.ranks import free_port, join, on_ranks
+from plasticity.ranks import join, on_ranks
 from plasticity.scale import Distributed, watchers
 from plasticity.schedules import Averages, Scheduled
 from plasticity.snapshots import SnapshotManager, SnapshotStore
@@ -281,7 +281,7 @@ import sys, torch
 torch.set_num_threads(1)
 from plasticity.data import get_data
 from plasticity.models import make_model
-from plasticity.ranks import free_port, join, on_ranks
+from plasticity.ranks import join, on_ranks
 from plasticity.scale import Distributed, watchers
 from plasticity.training import Checkpoint, Trainer
 data = get_data('digits').subset(train=203, test=101)
@@ -290,12 +290,13 @@ t = Trainer(model, data, lr=3e-3, batch_size=32, device='cpu', callbacks=[Distri
 t.fit(2)
 '''
 
+@pytest.mark.timeout(240)
 def test_torchrun(tmp_path):
     "The same script on one process and under torchrun"
     (tmp_path/'script.py').write_text(SCRIPT)
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME='lo')
-    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port())]
-    done = subprocess.run([*run, str(tmp_path/'script.py'), str(tmp_path/'out')], env=env, capture_output=True, text=True, timeout=100)
+    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'] # it picks a port and keeps it
+    done = subprocess.run([*run, str(tmp_path/'script.py'), str(tmp_path/'out')], env=env, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr[:3000]
     got = load_state(tmp_path/'out')
     assert gap(got['history'], rows(trained())) < 1e-6 and got['counters']['step'] == 14
