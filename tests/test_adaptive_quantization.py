@@ -157,6 +157,15 @@ def test_a_scheme_that_would_run_nothing_is_refused_and_told():
     row = latencies(m, torch.randn(2, 1, 5, 5), ['float32', 'int8_dynamic'], device='cpu', repeats=2)[1]
     assert row['ms'] is None and row['verdict'].startswith('not here')
 
+def test_measuring_leaves_the_settings_of_the_process_as_they_were():
+    pytest.importorskip('torchao', reason='torchao is not installed: pip install torchao')
+    import torch._inductor.config as inductor
+    keys = 'coordinate_descent_tuning', 'force_fuse_int_mm_with_mul', 'coordinate_descent_check_all_directions'
+    def now(): return torch.get_float32_matmul_precision(), *(getattr(inductor, k) for k in keys)
+    before = now()
+    latencies(nn.Linear(16, 16), torch.randn(4, 16), ['float32', 'int8_weight', 'int8_dynamic'], device='cpu', repeats=1)
+    assert now() == before
+
 def test_what_is_no_weight_is_refused():
     for w in ([1., 2.], torch.ones(3, dtype=torch.long)):
         with pytest.raises(ValueError, match='^w: got'): fake_quantize(w)
