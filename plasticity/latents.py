@@ -11,7 +11,7 @@ import base64, json, math, zlib
 
 import torch
 
-from .elbo import latent_stats
+from .elbo import _at_least_one, latent_stats
 from .plots import COLOURS, as_rows, canvas, need, png, style
 from .training import evaluating
 
@@ -24,6 +24,9 @@ def sheet(
 ): # matplotlib Figure
     "Images in rows"
     images = torch.as_tensor(images).detach().cpu().float()
+    if images.dim() not in (4, 5) or not images.numel():
+        raise ValueError(f'images: got shape {tuple(images.shape)}, takes (rows, columns, channels, height, width), or without rows')
+    _at_least_one('columns', columns)
     if images.dim() == 4:
         images = images[:len(images)//columns*columns or len(images)]
         images = images.unflatten(0, (-1, min(columns, len(images))))
@@ -70,6 +73,8 @@ def plot_interpolation(
     steps:int=12 # both ends included
 ): # matplotlib Figure
     "The images between two, on a line and on a great circle"
+    if len(x) < 2: raise ValueError(f'x: got {len(x)} images, takes two')
+    _at_least_one('steps', steps)
     with evaluating(model): (a, b), _ = model.encode(x[:2])
     rows = [model.sample(z=between(a, b, steps, s)) for s in (False, True)]
     return sheet(torch.stack(rows), labels=['line', 'circle'])
@@ -85,13 +90,17 @@ def traversal(
     "Images with one latent number varied at a time"
     like = model.mu.weight
     z = like.new_zeros(like.shape[0]) if z is None else z.to(like)
+    if z.shape != like.shape[:1]: raise ValueError(f'z: got shape {tuple(z.shape)}, takes ({len(like)},)')
     dims = list(range(len(z)) if dims is None else dims)
+    if not dims or not all(-len(z) <= d < len(z) for d in dims): raise ValueError(f'dims: got {dims}, takes some of {len(z)} dimensions')
+    _at_least_one('steps', steps)
     codes = z.detach().repeat(len(dims), steps, 1)
     for i, d in enumerate(dims): codes[i, :, d] = torch.linspace(-span, span, steps)
     return model.sample(z=codes.flatten(0, 1)).unflatten(0, (len(dims), steps))
 
 def by_cost(model, x, most=None): # dimensions, dearest first
     "The dimensions in the order of their KL"
+    if most is not None: _at_least_one('most', most)
     kl = torch.tensor(latent_stats(model, x).column('kl'))
     return kl.argsort(descending=True).tolist()[:most]
 
@@ -120,6 +129,7 @@ def plot_map(
     ax=None # axes to draw into
 ): # matplotlib Figure
     "Codes of images by class"
+    if len(y) != len(x): raise ValueError(f'y: got {len(y)} classes for {len(x)} images')
     at = plane(model, x).cpu()
     with canvas(ax, 1, (4.2, 3.6)) as (fig, (a,)):
         cmap = need('matplotlib').colormaps['tab10']
@@ -159,6 +169,7 @@ class LatentSlider:
         z=None, # latent numbers (dimensions,) of the others; the origin if None
         size:int=60_000 # bytes of frames at most; more have fewer dimensions
     ):
+        _at_least_one('most', most); _at_least_one('steps', steps)
         n = max(1, min(most, size//(steps*math.prod(model.in_shape))))
         self.dims = by_cost(model, x, n)
         self.values = torch.linspace(-span, span, steps).tolist()

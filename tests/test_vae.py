@@ -1,7 +1,9 @@
 "The adaptive VAE: growth and pruning that keep the function, bounds in nats, collapse, the command line"
+import base64
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from plasticity.data import get_data
 from plasticity.edits import Edit, replay
 from plasticity.elbo import VAE, elbo, importance_bound, kl_divergence, latent_stats, pictures
+from plasticity.latents import LatentSlider, by_cost, plot_interpolation, plot_map, sheet, traversal
 from plasticity.results import generator, seeded
 from plasticity.schedules import Schedule
 from plasticity.training import Trainer
@@ -262,6 +265,26 @@ def test_wrong_arguments(bad, match):
 def test_wrong_inputs_are_told_by_name(make, name):
     model, _, x = made(steps=0)
     with pytest.raises(ValueError, match=f'^{name}: got'): make(model, x)
+
+@pytest.mark.parametrize(('make', 'name'), [
+    (lambda m, x: traversal(m, dims=[7]), 'dims'), (lambda m, x: traversal(m, torch.zeros(9)), 'z'),
+    (lambda m, x: traversal(m, steps=0), 'steps'),
+    (lambda m, x: plot_interpolation(m, x[:1]), 'x'), (lambda m, x: sheet(torch.rand(3, 3)), 'images'),
+    (lambda m, x: by_cost(m, x, 0), 'most'),
+    (lambda m, x: LatentSlider(m, x, steps=0), 'steps'), (lambda m, x: plot_map(m, x, torch.arange(3)), 'y')])
+def test_pictures_tell_what_is_wrong_by_name(make, name):
+    model, _, x = made(steps=0)
+    with pytest.raises(ValueError, match=f'^{name}: got'): make(model, x)
+
+@pytest.mark.parametrize(('shape', 'latent'), [((1, 13, 9), 1), ((3, 16, 16), 2), ((3, 16, 16), 7)])
+def test_the_frames_of_the_slider_are_the_traversal(shape, latent):
+    model, _, x = made(shape, latent=latent, steps=1)
+    slider = LatentSlider(model, x, most=3, steps=5)
+    data = json.loads(re.search(r'const d=(\{.*?\}),root', slider._repr_html_()).group(1))
+    raw = torch.tensor(list(base64.b64decode(data['bytes'])), dtype=torch.uint8)
+    frames = raw.view(len(slider.dims), 5, *shape[1:], shape[0]).permute(0, 1, 4, 2, 3)
+    assert (frames/255 - traversal(model, dims=slider.dims, steps=5)).abs().max() < .003
+    assert data['dims'] == slider.dims and len(slider.dims) == min(3, latent)
 
 def test_a_policy_of_autoencoders_on_another_model_says_so():
     with pytest.raises(TypeError, match='model: got a Linear'):
