@@ -260,11 +260,16 @@ def _reach(obj, seen):
         for n in names & fn.__globals__.keys():
             v = fn.__globals__[n]
             found += [v] if not isinstance(v, types.ModuleType) else [getattr(v, m) for m in names if _ours(v.__name__) and hasattr(v, m)]
-            if isinstance(v, (int, float, str, tuple)) and n.isupper(): seen[f'{fn.__module__}.{n}'] = repr(v)
+            if isinstance(v, (int, float, str, tuple)) and n.isupper(): seen[f'{fn.__module__}.{n}'] = _plainly(v)
         found += [c.cell_contents for c in fn.__closure__ or () if _filled(c)]
     for v in found:
         v = inspect.unwrap(v) if isinstance(v, types.FunctionType) else v
         if isinstance(v, (type, types.FunctionType)) and _ours(v.__module__) and v.__module__ != 'plasticity.results': _reach(v, seen)
+
+def _plainly(v):
+    "A constant as text: functions in it by name, for their addresses differ from run to run"
+    def name(x): return f'{x.__module__}.{x.__qualname__}' if isinstance(x, types.FunctionType) else x
+    return repr(tuple(map(name, v)) if isinstance(v, tuple) else v)
 
 def _filled(c):
     "Whether a closure's cell holds something yet"
@@ -333,8 +338,9 @@ def _commit():
     def git(*args):
         done = subprocess.run(['git', '-C', str(project_root()), *args], capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
+    if told := os.environ.get('PLASTICITY_COMMIT'): return told  # the code may have travelled without its history
     try: return git('rev-parse', '--short=10', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
-    except (OSError, subprocess.SubprocessError): return os.environ.get('PLASTICITY_COMMIT', 'unknown')
+    except (OSError, subprocess.SubprocessError): return 'unknown'
 
 def _device_name(device):
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
@@ -428,7 +434,7 @@ def _now(dep, defs):
     try: obj, names = importlib.import_module('.'.join(parts[:2])), parts[2:]
     except ImportError: return None
     for p in names: obj = getattr(obj, p, None)
-    text = repr(obj) if not callable(obj) else essence(_source(inspect.unwrap(obj)))
+    text = _plainly(obj) if not callable(obj) else essence(_source(inspect.unwrap(obj)))
     return hashlib.sha256(text.encode()).hexdigest()[:12] if obj is not None else None
 
 # %% ../nbs/00_results.ipynb #9305ab89
