@@ -91,6 +91,7 @@ def _left(beta, state, more, divides):
 
 def _older(optimizer, group, params):
     states, (grads, go) = [optimizer.state[p] for p in params], _gradients(optimizer, group, params)
+    for s in states: s['age'] = s['age'].float() if s['age'].element_size() < 4 else s['age'] # bfloat16 knows neither .999 nor 257
     ages, last = [s['age'] for s in states], steps_to_age(optimizer, group)
     for name, power, key, divides in aged(optimizer):
         beta, kept = float(decay(group, key)), [s[name] for s in states]
@@ -103,7 +104,7 @@ def _older(optimizer, group, params):
         if not isinstance(go, float): share = [s*go.to(s.device) for s in share]
         toward = torch._foreach_mul(grads, grads) if power == 2 else grads
         toward = torch._foreach_sub(toward, torch._foreach_div(kept, [_left(beta, s, 0, divides) for s in states]))
-        torch._foreach_addcmul_(kept, share, toward)
+        torch._foreach_addcmul_(kept, [s.to(k.dtype) for s, k in zip(share, kept, strict=True)], toward)
     for a in ages: a.copy_(torch.where(a >= last, OLD, a + go))
 
 handle = register_optimizer_step_pre_hook(ripen)

@@ -1,12 +1,12 @@
 "Late entries of a parameter take the steps of a fresh optimizer"
-import copy
+import copy, math
 
 import pytest
 import torch
 from torch import nn
 
 from plasticity.ages import OLD, give_ages, ripen
-from plasticity.edits import Widen
+from plasticity.edits import Reset, Widen
 from plasticity.records import replay
 
 A = torch.optim.Adam
@@ -119,3 +119,20 @@ def test_on_a_gpu(how):
         with torch.cuda.device(0): torch.cuda.set_sync_debug_mode('error'); opt.step(); torch.cuda.set_sync_debug_mode('default')
         other.step(); fresh.step()
     assert (w[1] - alone[0]).abs().max() < 1e-5 and torch.equal(w[[0, 2, 3]], twin[[0, 2, 3]])
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('cls', [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop])
+def test_weights_in_bfloat16_train_on(cls, fused):
+    if fused and cls in (torch.optim.NAdam, torch.optim.RMSprop): pytest.skip('has no fused step')
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).bfloat16()
+    x, y = torch.randn(16, 5).bfloat16(), torch.randn(16, 3)
+    opt = cls(net.parameters(), lr=.01, **(dict(fused=True) if fused else {}))
+    def step():
+        opt.zero_grad(); loss = (net(x).float() - y).square().mean(); loss.backward(); opt.step()
+        return float(loss.detach())
+    losses = [step() for _ in range(5)]
+    for change in (Widen('0', 4, start='zero'), Reset('0', [0, 1])):
+        change.apply(net, opt, examples=x)
+        losses += [step() for _ in range(300)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < .9*losses[4] and net[2].weight[:, 6:].abs().min() > 0
