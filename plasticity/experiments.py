@@ -202,9 +202,11 @@ def standard(experiment,
     return go(experiment, trainer, epochs)
 
 def go(experiment, trainer, epochs):
-    "Train to the end, or go on to it from a checkpoint"
-    if experiment.config['resume']: return trainer.load(experiment.folder).fit()
-    return trainer.fit(experiment.epochs(epochs))
+    "Train to the end, or go on to it from a checkpoint; more epochs than it was made for take it further"
+    if not experiment.config['resume']: return trainer.fit(experiment.epochs(epochs))
+    trainer.load(experiment.folder)
+    trainer.goal = ['epoch', experiment.epochs(epochs)]
+    return trainer.fit()
 
 # %% ../nbs/21_experiments.ipynb #0295d1ac
 @register_training('continual')

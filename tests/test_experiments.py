@@ -92,6 +92,14 @@ def test_resume_equals_the_unbroken_run(tmp_path):
     finally: ex.POLICIES.pop('break')
     for a, b in zip(ex.read_run(whole)[1:], ex.read_run(resumed)[1:], strict=True): assert a == b
 
+def test_a_finished_run_goes_further(tmp_path):
+    words = 'logging.progress=false', 'model.hidden_sizes=[8]', 'training.schedule=constant'
+    whole = run(*words, 'training.epochs=3', folder=tmp_path/'whole', quick=())
+    run(*words, 'training.epochs=2', folder=tmp_path/'part', quick=())
+    further = ex.run_line(f'resume={tmp_path}/part', 'training.epochs=3')
+    last = [ex.read_run(f)[1].where(split='test')[-1] for f in (whole, further)]
+    assert last[0]['epoch'] == last[1]['epoch'] == 3 and last[0]['loss'] == last[1]['loss']
+
 def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     words = 'training.epochs=3000', 'model.hidden_sizes=[16]', 'metrics.metrics_frequency=0', f'hydra.run.dir={tmp_path}/r'
     p = subprocess.Popen([sys.executable, '-c', 'from plasticity.experiments import main; main()', *words], cwd=tmp_path, text=True,
