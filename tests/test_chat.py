@@ -165,23 +165,25 @@ def test_interrupts_between_answers(monkeypatch):
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
 def test_in_a_terminal(tmp_path):
-    import fcntl, pty, termios
+    import fcntl, pty, select, termios
     ours, theirs = pty.openpty()
     p = subprocess.Popen(run_of(tmp_path), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                          env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '60'}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(theirs)
     seen = b''
-    def until(what, start=0):
+    end = time.time() + 120
+    def more():
         nonlocal seen
-        end = time.time() + 60
-        while what not in seen[start:]:
-            assert time.time() < end, seen
-            seen += os.read(ours, 1000)
-        return len(seen)
-    until(b'> '); os.write(ours, b'length=100000\n'); at = until(b'seed=0')
-    os.write(ours, b'hello\n'); at = until(b'\n', at + 12); time.sleep(.3)
-    os.write(ours, b'\x03'); at = until(b' ...', at)
-    os.write(ours, b'/heads\n'); at = until(b'gone', at)
+        assert time.time() < end, seen
+        if select.select([ours], [], [], 1)[0]: seen += os.read(ours, 1000)
+    def until(what, start=0):
+        while what not in seen[start:]: more()
+        return seen.index(what, start) + len(what)
+    at = until(b'> '); os.write(ours, b'length=100000\n'); at = until(b'> ', until(b'seed=0', at))   # a key before the sign is the terminal's
+    os.write(ours, b'hello\n'); at = until(b'\n', until(b'hello', at))
+    while len(seen) < at + 20: more()
+    os.write(ours, b'\x03'); at = until(b'> ', until(b' ...', at))
+    os.write(ours, b'/heads\n'); at = until(b'> ', until(b'gone', at))
     os.write(ours, b'\x04')
     assert p.wait(30) == 0
     os.close(ours)
