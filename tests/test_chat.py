@@ -179,7 +179,7 @@ def test_in_a_terminal(tmp_path):
     def until(what, start=0):
         while what not in seen[start:]: more()
         return seen.index(what, start) + len(what)
-    at = until(b'> '); os.write(ours, b'length=100000\n'); at = until(b'> ', until(b'seed=0', at))   # a key before the sign is the terminal's
+    at = until(b'> '); os.write(ours, b'length=100000\n'); at = until(b'> ', until(b'seed=0', at))  # earlier keys are the terminal's
     os.write(ours, b'hello\n'); at = until(b'\n', until(b'hello', at))
     while len(seen) < at + 20: more()
     os.write(ours, b'\x03'); at = until(b'> ', until(b' ...', at))
