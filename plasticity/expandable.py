@@ -15,16 +15,17 @@ import copy, inspect, warnings
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
 
 from .data import Data, pick
 from .growing import (STARTS, DynamicExpandableNetwork, Expandable, Heads, Layer, analyze_layer_importance, # noqa: F401
-                                grow, read_file, unit_importance, write_file) # noqa: F401 this page's names too
+                                grow, read_file, unit_importance, write_file, _comparable) # noqa: F401 this page's names too
 from .growth_plots import (growth_summary, plot_river, plot_training_history, print_growth_summary, # noqa: F401
                                      visualize_network_architecture) # noqa: F401 this page's names too
 from .policies import (STRATEGIES, ActivityBasedGrowth, AdaptiveGrowth, Growth, GradientBasedGrowth, # noqa: F401
                                  GrowthStrategy, LossBasedGrowth, perform) # noqa: F401 this page's names too
 from .results import generator, method, pick_device
+from .trial import tensors_in
 from .training import Callback, Trainer, evaluating, make_optimizer
 
 # %% ../nbs/10_expandable.ipynb #67598831
@@ -74,15 +75,16 @@ def as_samples(
     data, # a loader, a data set, inputs, a pair, or a `Data`
     targets=None, # where `data` holds the inputs
     task='regression', # what the targets are for
-    name='data' # for messages
+    name='data', # for messages
+    dtype=torch.float32 # of the inputs
 ):
     "What was given, as something to train on"
     if targets is None and hasattr(data, 'batches') and hasattr(data, 'normalize'): return data
     if targets is None: x, y = _both(data)
     else: x, y = data, targets
     x, y = torch.as_tensor(x), torch.as_tensor(y)
-    x = x.float() if not x.is_floating_point() or x.dtype == torch.float64 else x
-    if task == 'regression': y = y.to(x.dtype).unsqueeze(1) if y.dim() < 2 else y.to(x.dtype)
+    x, real = x.to(dtype), dtype if dtype.is_floating_point else torch.float32
+    if task == 'regression': y = y.to(real).unsqueeze(1) if y.dim() < 2 else y.to(real)
     elif y.is_floating_point():
         raise ValueError(f'targets: got {y.dtype}, a classification network takes class numbers; or task_type="regression"')
     else: y = y.long().reshape(len(y))
@@ -91,12 +93,17 @@ def as_samples(
 def _both(data):
     "Inputs and targets of a loader, a data set or a pair"
     if isinstance(data, DataLoader):
-        if not isinstance(data.dataset, TensorDataset): return _stack(data, torch.cat)
+        if not isinstance(data.dataset, TensorDataset) or not _plain(data): return _stack(data, torch.cat)
         data = data.dataset
     if isinstance(data, TensorDataset): data = data.tensors
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(v, '__len__') for v in data): return data
     if isinstance(data, Dataset): return _stack((data[i] for i in range(len(data))), torch.stack)
     raise TypeError(f'data: got a {type(data).__name__}, takes a DataLoader, a data set, a pair (inputs, targets), or two arguments')
+
+def _plain(loader):
+    "Whether a loader gives every sample of its data set as it is"
+    return (type(loader.sampler) in (SequentialSampler, RandomSampler) and len(loader.sampler) == len(loader.dataset)
+            and type(loader.batch_sampler) is BatchSampler and loader.collate_fn is default_collate)
 
 def _stack(items, join):
     xs, ys = zip(*((torch.as_tensor(x), torch.as_tensor(y)) for x, y in items), strict=True)
@@ -135,6 +142,10 @@ class DENTrainer:
 
     @property
     def growth_strategy(self): return self.growth.strategy if self.growth else None
+    @property
+    def _dtype(self): # of the network's inputs
+        like = tensors_in(self.network.examples)[0]
+        return next(self.network.parameters()).dtype if like.is_floating_point() else like.dtype
     def __repr__(self): return f'DENTrainer({self.network!r}, {self.growth_strategy!r}, {type(self.optimizer).__name__})'
 
 def _device(device):
@@ -153,6 +164,11 @@ class Told(Callback):
             tqdm.write(f"epoch {row['epoch']}: {row['edit']}")
 
 # %% ../nbs/10_expandable.ipynb #f208a494
+@method(DENTrainer)
+def _samples(self, data, targets=None):
+    "What was given, in the precision of the network"
+    return as_samples(data, targets, self.network.task_type, dtype=self._dtype)
+
 @method(DENTrainer)
 def _open(self, samples, size=None):
     "The trainer, with these data"
@@ -173,17 +189,19 @@ def train(self,
     enable_growth:bool=True # whether the strategy is asked
 ):
     "Train; gives the history of the whole life"
-    samples = as_samples(train_loader, task=self.network.task_type)
-    if val_loader is not None: samples.x_test, samples.y_test = as_samples(val_loader, task=self.network.task_type).split()
+    samples = self._samples(train_loader)
+    if val_loader is not None:
+        samples = copy.copy(samples)
+        samples.x_test, samples.y_test = self._samples(val_loader).split()
     t = self._open(samples, getattr(train_loader, 'batch_size', None))
     t.eval_every = int(val_loader is not None or isinstance(samples, Data))
     return self._go(t, epochs, enable_growth)
 
 @method(DENTrainer)
-def _go(self, trainer, epochs, enable_growth):
+def _go(self, trainer, epochs, enable_growth, own=None):
     if self.growth: self.growth.enabled = enable_growth
     trainer.fit(epochs)
-    self._remember(trainer)
+    self._remember(trainer, own or trainer.data)
     return self.history
 
 # %% ../nbs/10_expandable.ipynb #d1d1c2bc
@@ -210,7 +228,7 @@ def evaluate(self,
     "Loss and accuracy"
     if data_loader is None and self.trainer is None: raise ValueError('data_loader: got None, and nothing was trained on yet')
     if data_loader is None: return self.trainer.evaluate('train')
-    samples = as_samples(data_loader, task=self.network.task_type)
+    samples = self._samples(data_loader)
     t = self.trainer or self._open(samples)
     held, t.data = t.data, samples.to(self.device)
     try: return t.evaluate('test' if isinstance(samples, Data) else 'train')
@@ -224,8 +242,9 @@ def predict(self,
 ) -> torch.Tensor: # (N, outputs), on the CPU
     "The network's outputs, in evaluation mode"
     x = _both(data)[0] if isinstance(data, (DataLoader, Dataset)) else data
-    like = next(self.network.parameters())
-    x = torch.as_tensor(x).to(self.device, like.dtype)
+    x, seen = torch.as_tensor(x).to(self.device), self.trainer.data if self.trainer else None
+    if isinstance(seen, Data) and x.dtype == seen.x_train.dtype: x = seen.normalize(x) # raw, as its own samples are
+    x = x.to(self._dtype)
     with evaluating(self.network) as net: return torch.cat([net(b) for b in x.split(batch_size)]).cpu()
 
 # %% ../nbs/10_expandable.ipynb #03ccb3d9
@@ -242,7 +261,7 @@ def continual_learning(self,
     Raises: ValueError for a share that is none, or where nothing earlier is remembered"""
     if isinstance(rehearsal, bool) or not 0 <= rehearsal < 1:
         raise ValueError(f'rehearsal: got {rehearsal!r}, takes a share from 0, below 1')
-    samples = as_samples(new_data, new_targets, self.network.task_type)
+    samples = self._samples(new_data, new_targets)
     own, first = samples, self.trainer is None
     if rehearsal: samples = self._mixed(samples, rehearsal)
     t = self._open(samples, getattr(new_data, 'batch_size', None))
@@ -250,7 +269,7 @@ def continual_learning(self,
     if not first: t.begin_task(samples)
     frozen = [Frozen(self.network)] if freeze else []
     t.callbacks += frozen
-    try: return self._go(t, epochs, enable_growth)
+    try: return self._go(t, epochs, enable_growth, own)
     finally:
         for c in frozen: t.callbacks.remove(c)
         if rehearsal: t.data = own.to(self.device)
@@ -259,12 +278,12 @@ def continual_learning(self,
 KEPT = 200 # samples of a task that are remembered
 
 @method(DENTrainer)
-def _remember(self, trainer):
+def _remember(self, trainer, data):
     "Keep some of what was just learned"
-    x, y = (getattr(trainer.data, f'{k}_train').cpu() for k in 'xy')
+    y, task = data.y_train.cpu(), trainer.task
     i = pick(y, min(KEPT, len(y)), 0)
-    task = trainer.task
-    self.memory = [m for m in self.memory or [] if m[0] != task] + [(task, x[i], y[i])]
+    x = data.normalize(data.x_train[i.to(data.x_train.device)]).cpu()
+    self.memory = [m for m in self.memory or [] if m[0] != task] + [(task, x, y[i])]
 
 @method(DENTrainer)
 def _mixed(self, samples, share):
@@ -273,24 +292,48 @@ def _mixed(self, samples, share):
     x, y = (torch.cat([m[i] for m in self.memory]) for i in (1, 2))
     n = max(1, round(share/(1 - share)*len(samples.x_train)))
     i = torch.randint(len(x), (n,), generator=generator(len(self.memory), 'rehearsal'))
-    return Samples(f'{samples.name} and memory', torch.cat([samples.x_train.cpu(), x[i]]), torch.cat([samples.y_train.cpu(), y[i]]))
+    new = samples.normalize(samples.x_train).cpu(), samples.y_train.cpu()
+    return Samples(f'{samples.name} and memory', *(torch.cat([v, old[i]]) for v, old in zip(new, (x, y), strict=True)))
 
 # %% ../nbs/10_expandable.ipynb #fb8d160f
 class Frozen(Callback):
     "The units that there are keep what they compute; new ones, and the head that answers, learn"
     def __init__(self, network):
-        self.network = network
         head = network.heads[network.active] if isinstance(network.heads, Heads) else network.heads
-        free = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-        tensors = [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]
-        self.held = [(t, t.detach().clone()) for t in tensors if id(t) not in free]
+        self.network, self.held = network, {}
+        self.free = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+        self.hold()
+
+    def hold(self):
+        "Hold what is not held yet: tensor, values, and where they are along each dimension"
+        named = [*self.network.named_parameters(), *((n, b) for n, b in self.network.named_buffers() if b.is_floating_point())]
+        for n, t in named:
+            if id(t) not in self.free and n not in self.held:
+                self.held[n] = t, t.detach().clone(), [torch.arange(k, device=t.device) for k in t.shape]
+
+    def after_edit(self, trainer, record):
+        "Follow the old units to their new places, let go of those that went, hold a layer that was put between them"
+        for op in record.ops:
+            if op['op'] == 'take' and op['tensor'] in self.held: self.follow(op['tensor'], op['dim'], op['order'])
+        if any(op['op'] == 'insert' for op in record.ops): self.hold()
+
+    def follow(self, name, dim, order):
+        t, old, at = self.held[name]
+        order = order.to(t.device)
+        first = torch.full((int(max(order.max(), at[dim].max())) + 1,), -1, device=t.device)
+        first[order.flip(0)] = torch.arange(len(order), device=t.device).flip(0) # a unit and its copies: the unit itself
+        place = first[at[dim]]
+        at[dim] = place[place >= 0]
+        self.held[name] = t, old.index_select(dim, (place >= 0).nonzero()[:, 0]), at
 
     @torch.no_grad()
     def after_step(self, trainer):
-        for t, old in self.held:
-            rows = t[:len(old)] # old units; what they read of new ones stays at zero
-            more = [v for a, b in zip(rows.shape[::-1], old.shape[::-1], strict=True) for v in (0, a - b)]
-            rows.copy_(nn.functional.pad(old, more) if any(more) else old)
+        for t, old, at in self.held.values():
+            if not old.dim(): t.copy_(old); continue
+            for d in range(1, old.dim()): # what old units read of new ones stays at zero
+                if old.shape[d] != t.shape[d]:
+                    old = old.new_zeros([*old.shape[:d], t.shape[d], *old.shape[d + 1:]]).index_copy_(d, at[d], old)
+            t.index_copy_(0, at[0], old)
 
 # %% ../nbs/10_expandable.ipynb #6611b6b8
 @method(DENTrainer)
@@ -299,8 +342,15 @@ def save_checkpoint(self,
 ):
     "Write everything that the rest of the training depends on, but the data"
     if self.trainer is None: raise ValueError('path: nothing was trained yet; network.save_checkpoint saves the network alone')
+    more = dict(order=self._order(), optimizer=type(self.trainer.optimizer).__name__, growth=type(self.growth_strategy).__name__)
     return write_file(path, self.network.as_saved() | dict(trainer=self.trainer.state_dict(), memory=self.memory or [],
-                                                           batch_size=self.trainer.batch_size))
+                                                           batch_size=self.trainer.batch_size, more=more))
+
+@method(DENTrainer)
+def _order(self):
+    "The parameters' names as the optimizer counts them: those that grew in while it was there stand last"
+    names = {id(p): n for n, p in self.network.named_parameters()}
+    return [[names.get(id(p)) for p in g['params']] for g in self.trainer.optimizer.param_groups]
 
 @method(DENTrainer)
 def load_checkpoint(self,
@@ -313,14 +363,31 @@ def load_checkpoint(self,
     if self.trainer is None:
         x, y = saved['memory'][0][1:] if saved['memory'] else (self.network.examples, torch.zeros(len(self.network.examples), 1))
         self._open(Samples('nothing yet', x, y))
+    more = saved.get('more', {})
+    self._compare(path, saved['spec'], more)
     state = saved['trainer']
     mine = [type(c).__name__ for c in self.trainer.callbacks]
     told = [['Told', {}]]*('Told' in mine)
     state['callbacks'] = [c for c in state['callbacks'] if c[0] != 'Told'] + told
     state['callbacks'].sort(key=lambda c: mine.index(c[0]) if c[0] in mine else 99)
     self.trainer.load_state_dict(state)
+    if 'order' in more and more['order'] != self._order():
+        named = dict(self.network.named_parameters())
+        for g, names in zip(self.trainer.optimizer.param_groups, more['order'], strict=True): g['params'] = [named[n] for n in names]
+        self.trainer.optimizer.load_state_dict(state['optimizer'])
     self.memory, self.trainer.batch_size = saved['memory'], saved['batch_size']
     return self
+
+@method(DENTrainer)
+def _compare(self, path, spec, more):
+    "Refuse the checkpoint of another network, optimizer or strategy"
+    mine, theirs = ({k: v for k, v in (_comparable(s) or {}).items() if k != 'hidden_sizes'} for s in (self.network.spec, spec))
+    if mine != theirs:
+        other = {k: v for k, v in theirs.items() if mine.get(k) != v}
+        raise ValueError(f'path: {path} is of a network with {other}, this one has { {k: mine.get(k) for k in other} }')
+    have = dict(optimizer=type(self.trainer.optimizer).__name__, growth=type(self.growth_strategy).__name__)
+    for k, v in have.items():
+        if more.get(k, v) != v: raise ValueError(f'path: {path} was written with the {k} {more[k]}, this trainer has {v}')
 
 # %% ../nbs/10_expandable.ipynb #06c4a4d3
 def prune_back(

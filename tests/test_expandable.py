@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
+from plasticity.data import get_data
 from plasticity.expandable import (STRATEGIES, ActivityBasedGrowth, AdaptiveGrowth, DENTrainer, DynamicExpandableNetwork,
                                    GradientBasedGrowth, Growth, GrowthStrategy, LossBasedGrowth, analyze_layer_importance, as_samples,
                                    export_onnx, grow, growth_summary, perform, plot_river, plot_training_history, prune_back,
@@ -272,3 +273,99 @@ def test_grow_again_is_the_same_object():
     net = network()
     assert grow(net) is net
     with pytest.raises(TypeError, match='examples'): grow(nn.Linear(2, 2))
+
+# what a second pair of eyes found
+
+class Once(GrowthStrategy):
+    "One action at the first epoch"
+    cooldown = 0
+    def __init__(self, action=None): super().__init__(); self.action, self.did = action, 0
+    def should_grow(self, metrics, network, epoch): return not self.did, 'asked'
+    def determine_growth_action(self, metrics, network): self.did = 1; return self.action
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__(); self.a, self.b, self.mid, self.head = nn.Linear(6, 4), nn.Linear(6, 5), nn.Linear(9, 7), nn.Linear(7, 1)
+    def forward(self, x): return self.head(torch.tanh(self.mid(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))))
+
+def six(n=120):
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, :1]*x[:, 1:2]).sin()
+
+@pytest.mark.parametrize('case', ['zero', 'copy', 'concat', 'depth'])
+def test_frozen_units_are_held_where_they_went(case):
+    x, y = six()
+    torch.manual_seed(0)
+    net = grow(Branches(), x[:2], task_type='regression') if case == 'concat' else DynamicExpandableNetwork(
+        6, 1, [4, 4], seed=1, start='copy' if case == 'copy' else 'zero')
+    action = dict(type='depth', position=1, num_neurons=4) if case == 'depth' else dict(type='width', layer_idx=0, num_neurons=3)
+    t = DENTrainer(net, Once(action), learning_rate=.01, device='cpu')
+    t.train((x, y), epochs=5, enable_growth=False)
+    net.add_head(1)
+    def old():
+        net.use_head(0); p = t.predict(x); net.use_head(1)
+        return p
+    before, sizes = old(), net.get_layer_sizes()
+    t.continual_learning(x, -y, epochs=3, freeze=True)
+    assert net.get_layer_sizes() != sizes and (old() - before).abs().max() < 1e-5*before.abs().max() < before.std()
+
+def test_moments_follow_a_network_that_was_deepened_before_its_optimizer(tmp_path):
+    x, y = torch.randn(100, 4), torch.randn(100, 4)
+    def make(): return DynamicExpandableNetwork(4, 4, [4, 4], seed=1)
+    net = make(); net.expand_depth(1)
+    a = DENTrainer(net, learning_rate=.01, device='cpu')
+    a.train((x, y), epochs=3); a.save_checkpoint(tmp_path/'c.pt')
+    b = DENTrainer(make(), learning_rate=.01, device='cpu').load_checkpoint(tmp_path/'c.pt')
+    for t in (a, b): t.train((x, y), epochs=2)
+    assert torch.equal(a.predict(x), b.predict(x))
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    data = six()
+    def make(strategy=None, optimizer='adam', activation='relu', inputs=6):
+        return DENTrainer(DynamicExpandableNetwork(inputs, 1, [4], seed=1, activation=activation), strategy, optimizer, device='cpu')
+    a = make(LossBasedGrowth()); a.train(data, epochs=1); a.save_checkpoint(tmp_path/'c.pt')
+    for options, word in ((dict(activation='tanh'), 'activation'), (dict(inputs=7), '[67]'), (dict(optimizer='sgd'), 'optimizer'),
+                          (dict(strategy=AdaptiveGrowth()), 'growth')):
+        other = make(**dict(strategy=LossBasedGrowth()) | options)
+        with pytest.raises(ValueError, match=f'^path: .*{word}'): other.load_checkpoint(tmp_path/'c.pt')
+    make(LossBasedGrowth()).load_checkpoint(tmp_path/'c.pt').train(data, epochs=1)
+
+def test_a_loader_is_read_as_it_reads():
+    x, y = six(100)
+    part = DataLoader(TensorDataset(x, y), 20, sampler=SubsetRandomSampler(range(50)))
+    halved = DataLoader(TensorDataset(x, y), 20, collate_fn=lambda b: (torch.stack([v[0] for v in b])/2, torch.stack([v[1] for v in b])))
+    t = DENTrainer(DynamicExpandableNetwork(6, 1, [4], seed=0), device='cpu')
+    t.train(part, epochs=1)
+    assert len(t.trainer.data.x_train) == 50 and {tuple(v) for v in t.trainer.data.x_train.tolist()} == {tuple(v) for v in x[:50].tolist()}
+    t.train(halved, epochs=1)
+    assert torch.equal(t.trainer.data.x_train, x/2)
+
+def test_memory_holds_the_samples_of_each_task_alone():
+    t = DENTrainer(DynamicExpandableNetwork(6, 2, [4], seed=0, task_type='classification'), device='cpu')
+    ones = torch.ones(150).long()
+    t.train((torch.zeros(150, 6), ones), epochs=1)
+    for k in (1, 2): t.continual_learning(torch.full((150, 6), float(k)), ones, epochs=1, rehearsal=.5)
+    assert [(m[1].unique().tolist(), len(m[1])) for m in t.memory] == [([float(k)], 150) for k in range(3)]
+
+def test_images_as_a_data_set_stay_whole():
+    d = get_data('digits')
+    t = DENTrainer(DynamicExpandableNetwork(d.shape, 10, [32], seed=0, task_type='classification'), device='cpu')
+    t.train(d, epochs=3)
+    right = (t.predict(d.x_test).argmax(1) == d.y_test).double().mean().item()
+    assert right == pytest.approx(t.evaluate(d)['accuracy'], abs=1e-9) and right > .6
+    t.continual_learning(d, epochs=1, rehearsal=.2)
+    n = len(d.x_test)
+    t.train(d, epochs=1, val_loader=(torch.rand(7, *d.shape), torch.zeros(7).long()))
+    assert len(d.x_test) == n
+
+def test_inputs_in_the_networks_own_precision():
+    x, y = six()
+    net = DynamicExpandableNetwork(6, 1, [4], seed=0).double()
+    t = DENTrainer(net, device='cpu')
+    t.train((x, y), epochs=1)
+    assert t.predict(x).dtype == torch.float64
+    words = torch.randint(0, 10, (50, 3))
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+    t = DENTrainer(grow(model, words[:2]), device='cpu')
+    t.train((words, words[:, 0] % 2), epochs=2)
+    assert t.predict(words).shape == (50, 2)
