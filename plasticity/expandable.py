@@ -199,7 +199,7 @@ def train(self,
 
 @method(DENTrainer)
 def _go(self, trainer, epochs, enable_growth, own=None):
-    if self.growth: self.growth.enabled = enable_growth
+    if self.growth: self.growth.enabled = enable_growth; self.growth.too_short(epochs)
     trainer.fit(epochs)
     self._remember(trainer, own or trainer.data)
     return self.history

@@ -247,7 +247,7 @@ def _clone(self, layer, k):
     error, why = layer.group.blocked['widen']
     if k % layer.size:
         raise ValueError(f'num_neurons: got {k}, takes a multiple of {layer.size} for {layer.name} ({error}: {why})')
-    return Clone(layer.group, 1 + k//layer.size)
+    return Clone(layer.group, 1 + k//layer.size, .6) # uneven shares: with even ones the copies would stay copies
 
 # %% ../nbs/09b_growing.ipynb #362fa586
 @method(Expandable)

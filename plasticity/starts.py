@@ -119,14 +119,16 @@ def fresh_tensors(
     shell = object.__new__(type(module))
     shell.__dict__.update(module.__dict__)
     own = dict(module._parameters)
-    shell.__dict__['_parameters'] = {k: None if p is None else nn.Parameter(
-        torch.empty([rows or p.shape[0], *p.shape[1:]] if p.dim() else [], dtype=p.dtype), p.requires_grad) for k, p in own.items()}
-    shell.__dict__['_buffers'] = {k: None if b is None else torch.zeros(b.shape, dtype=b.dtype) for k, b in module._buffers.items()}
+    def blank(t, shape): return torch.full(shape, torch.nan if t.is_floating_point() else 0, dtype=t.dtype)
+    shell.__dict__['_parameters'] = {k: None if p is None else nn.Parameter(blank(p, [rows or p.shape[0], *p.shape[1:]] if p.dim() else []),
+                                                                            p.requires_grad) for k, p in own.items()}
+    shell.__dict__['_buffers'] = {k: None if b is None else blank(b, b.shape) for k, b in module._buffers.items()}
     shell.__dict__['_modules'] = deepcopy(module._modules)
     state = torch.get_rng_state()
     try: torch.default_generator.manual_seed(stream_seed(seed, 'fresh', *stream)); reset(shell)
     finally: torch.set_rng_state(state)
-    return {k: v.detach() for k, v in [*shell._parameters.items(), *shell._buffers.items()] if v is not None}
+    made = {k: v.detach() for k, v in [*shell._parameters.items(), *shell._buffers.items()] if v is not None}
+    return {k: v for k, v in made.items() if not v.isnan().any()} # what a subclass added, and no one draws, is not for this function
 
 ROWWISE = nn.Linear.reset_parameters, nn.modules.conv._ConvNd.reset_parameters # the draw of a row asks for the other dimensions only
 

@@ -655,3 +655,19 @@ def test_new_rows_are_drawn_as_the_whole_layer_would_be(layer):
     assert len(new.unique()) == new.numel() and (net[-1].weight[:, 6:] == 0).all()
     if orthogonal: assert torch.allclose(new @ new.T, torch.eye(8), atol=1e-5)
     else: assert .2 < new.abs().max() <= .25 and new.std().item() == pytest.approx(.25 / 3**.5, rel=.2)
+
+class Gained(nn.Linear):
+    "A linear layer with a gain that its own reset does not know"
+    def __init__(self, i, o):
+        super().__init__(i, o)
+        self.gain, self.table = nn.Parameter(torch.full((o,), 2.)), nn.Parameter(torch.ones(o, 3))
+        self.register_buffer('seen', torch.full((o,), 5.))
+    def forward(self, x): return super().forward(x)*self.gain*self.table.sum(1)/self.seen
+
+@pytest.mark.parametrize('edit_of', [lambda g: Widen(g, 3, start='zero'), lambda g: Reset(g, [0, 1])])
+def test_what_no_initialisation_draws_is_not_left_to_chance(edit_of):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Gained(5, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 5)
+    assert set(fresh_tensors(net[0])) == {'weight', 'bias'}
+    edit_of(units(net, x)[0]).apply(net, None, examples=x)
+    assert (net[0].gain == 2).all() and (net[0].seen == 5).all() and net[0].table.isfinite().all() and net[0].weight.std() > .1

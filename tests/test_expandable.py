@@ -1,4 +1,6 @@
 "Strategies keep their counters, limits hold, the front keeps its promises"
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from plasticity.expandable import (STRATEGIES, ActivityBasedGrowth, AdaptiveGrow
                                    visualize_network_architecture)
 from plasticity.edits import Widen
 from plasticity.models import make_model
-from plasticity.training import Trainer
+from plasticity.training import Callback, Trainer
 
 torch.set_num_threads(1)
 SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -369,3 +371,57 @@ def test_inputs_in_the_networks_own_precision():
     t = DENTrainer(grow(model, words[:2]), device='cpu')
     t.train((words, words[:, 0] % 2), epochs=2)
     assert t.predict(words).shape == (50, 2)
+
+class SaveAt(Callback):
+    def __init__(self, at, path): self.at, self.path = at, path
+    def after_step(self, trainer):
+        if trainer.step == self.at: trainer.save(self.path)
+
+@pytest.mark.parametrize('at', [8, 10])
+@pytest.mark.parametrize('strategy', [GradientBasedGrowth, LossBasedGrowth, ActivityBasedGrowth])
+def test_a_run_stopped_in_an_epoch_grows_as_the_unbroken_one(tmp_path, strategy, at):
+    x, _ = six(100)
+    y = torch.randn(100, 1, generator=torch.Generator().manual_seed(1))
+    options = dict(patience=1, cooldown=0) | (dict(gradient_threshold=0., min_delta=10) if strategy is GradientBasedGrowth else
+                                              dict(activity_threshold=.1) if strategy is ActivityBasedGrowth else dict(min_delta=10))
+    def make(at):
+        net = DynamicExpandableNetwork(6, 1, [4, 4], seed=1)
+        callbacks = [Growth(strategy(**options)), SaveAt(at, tmp_path/"c")]
+        return Trainer(net, as_samples((x, y)), batch_size=20, device="cpu", eval_every=0, callbacks=callbacks)
+    whole = make(at).fit(6)
+    again = make(-1).load(tmp_path/'c').fit()
+    assert whole.callbacks[0].events and whole.callbacks[0].events == again.callbacks[0].events
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+def test_layers_under_a_norm_grow_by_whole_copies():
+    net = DynamicExpandableNetwork(6, 1, [16, 16], seed=1, normalization='layer')
+    DENTrainer(net, LossBasedGrowth(patience=2, cooldown=1), device='cpu', learning_rate=0.).train(six(), epochs=9)
+    assert net.get_layer_sizes() in ([32, 16], [16, 32], [32, 32])
+    net = DynamicExpandableNetwork(6, 1, [16, 16], seed=1, normalization='layer')
+    small = LossBasedGrowth(patience=2, cooldown=1, max_network_size=net.get_num_parameters() + 50)
+    DENTrainer(net, small, device='cpu', learning_rate=0.).train(six(), epochs=9)
+    assert net.get_layer_sizes() == [16, 16]
+
+def test_where_a_closed_form_has_too_few_directions_units_start_at_zero():
+    net = DynamicExpandableNetwork(6, 1, [16, 16], seed=1)
+    t = DENTrainer(net, LossBasedGrowth(patience=2, cooldown=1, start='gradmax'), device='cpu', learning_rate=0.)
+    with pytest.warns(UserWarning, match='gradmax: .*directions'): t.train(six(), epochs=9)
+    assert sum(net.get_layer_sizes()) > 32
+
+def test_copies_under_a_layer_norm_come_apart():
+    net = DynamicExpandableNetwork(6, 1, [8, 8], seed=1, normalization='layer')
+    t = DENTrainer(net, learning_rate=.01, device='cpu')
+    t.train(six(), epochs=5)
+    before = t.predict(six()[0])
+    net.expand_layer_width(0, 8)
+    assert (t.predict(six()[0]) - before).abs().max() < 1e-5
+    t.train(six(), epochs=20)
+    w = net.body.layers[0].linear.weight
+    assert (w[0::2] - w[1::2]).abs().max() > .05
+
+def test_runs_too_short_to_grow_say_so():
+    t = DENTrainer(DynamicExpandableNetwork(6, 1, [4], seed=1), LossBasedGrowth(patience=3, cooldown=2), device='cpu')
+    with pytest.warns(UserWarning, match='epochs: got 3, .*patience 3.*last 2'): t.train(six(), epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        t.train(six(), epochs=3, enable_growth=False); t.train(six(), epochs=12)
