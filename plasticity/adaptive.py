@@ -29,7 +29,7 @@ from .schedules import OF, Averaging, Schedule, Scheduled, _number, _whole, as_s
 from .surgery import Surgeon
 from .training import evaluating
 from .trial import relative
-from .units import NotPreserved
+from .units import EditError, NotPreserved
 
 # %% ../nbs/16_adaptive.ipynb #f56c1406
 _all_ = ['FakeQuantize', 'Masks', 'RemoveLayer', 'Schedule', 'Scheduled', 'affine_fit', 'fake_quantize', 'importance',
@@ -283,8 +283,12 @@ class AffineLayers(Scheduled):
         self.explained = explained
 
     def propose(self, trainer):
-        lines = [trainer.model.line(i, trainer.x) for i in range(len(trainer.model.layers))] if len(trainer.model.layers) > 1 else []
-        return [e for e in lines if e.explained >= self.explained][:1]
+        net = trainer.model
+        if len(net.layers) < 2 or len(trainer.x) < 3: return
+        for i in range(len(net.layers)):
+            try: change = net.line(i, trainer.x)
+            except EditError: continue # it cannot go
+            if change.explained >= self.explained: return change
 
 # %% ../nbs/16_adaptive.ipynb #c5e665c6
 class WeakWeights(Masks):

@@ -28,7 +28,8 @@ def affine_fit(
     reader:str, # path of a module that reads its activations
     x # a batch
 ) -> tuple: # slopes (units,), offsets (units,), share of variance explained
-    "The best straight line from each unit's input to its activation"
+    """The best straight line from each unit's input to its activation.
+    Raises: ValueError for fewer than 3 rows"""
     seen, found = {}, [network.get_submodule(p) for p in (linear, reader)]
     hooks = [found[0].register_forward_hook(lambda m, args, y: seen.update(a=y)),
              found[1].register_forward_pre_hook(lambda m, args: seen.update(h=args[0]))]
@@ -37,6 +38,7 @@ def affine_fit(
     finally:
         for hook in hooks: hook.remove()
     a, h = (seen[k].reshape(-1, seen[k].shape[-1]).double() for k in 'ah') # (rows, units)
+    if len(a) < 3: raise ValueError(f'x: got {len(a)} rows, takes at least 3: a line goes through any two points')
     da, dh = a - a.mean(0), h - h.mean(0)
     slope = (da*dh).sum(0)/(da*da).sum(0).clamp(min=1e-300)
     slope = torch.where((a == h).all(0), 1., torch.where((h == h[:1]).all(0), 0., slope))
@@ -50,7 +52,9 @@ def _become(self, tensor, value=None, values=None):
     slots = [s for s in self.slots(tensor) if s.path != 'grad']
     shape, old, news = (value if values is None else values['value']).shape, {s.path: s.tensor for s in slots}, []
     for s in slots:
-        sizes = [1 if have == 1 < n and s.power != 'value' else n for have, n in zip(s.tensor.shape, shape, strict=True)]
+        # a factor over a dimension (Adafactor's) stays one number there
+        sizes = [1 if have == 1 and (was > 1 or s.path.endswith('row_var')) else n
+                 for have, was, n in zip(s.tensor.shape, old['value'].shape, shape, strict=True)]
         if values is not None and s.path in values: new = values[s.path].to(s.tensor)
         elif s.power == 'value': new = (value if values is None else values['value']).to(s.tensor)
         else: new = s.tensor.new_zeros(sizes) if s.fresh == 'zero' else s.tensor.amax().expand(sizes).clone()

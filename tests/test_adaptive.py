@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, adaptation, parity_network
 from plasticity.data import Data, get_data
 from plasticity.edits import load_record, replay
+from plasticity.growing import grow
 from plasticity.models import num_parameters
 from plasticity.results import generator
 from plasticity.schedules import Schedule
@@ -213,3 +214,31 @@ def test_on_the_command_line(tmp_path, words):
     _, history, _ = read_run(folder)
     assert 0 <= history.where(split='test')[-1]['accuracy'] <= 1
     if 'dataset=parity' in words: assert history.where(split='test')[0]['accuracy'] == 1.
+
+def test_two_rows_are_no_evidence_that_a_layer_is_affine():
+    net = AdaptiveMLP(6, 3, (16, 12), seed=0)
+    with pytest.raises(ValueError, match='x: got 2 rows'): net.remove_layer(0, torch.randn(2, 6))
+    p = AffineLayers(Schedule(5))                                                              # the fifth batch has two rows
+    Trainer(AdaptiveMLP(6, 2, (16, 12), seed=0), blobs(66), batch_size=16, device='cpu', callbacks=[p]).fit(2)
+    assert p.events == []
+
+def test_a_layer_that_cannot_go_does_not_keep_the_next_one():
+    net = AdaptiveMLP(6, 2, (8, 7, 9), seed=0)
+    body = net.body
+    body.layers[1].linear.register_parameter('bias', None)                                      # the first layer's reader has no bias
+    net = grow(body, torch.randn(2, 6), task_type='classification')
+    net.__class__ = AdaptiveMLP
+    with pytest.raises(EditError, match='no bias'): net.line(0, torch.randn(9, 6))
+    p = AffineLayers(Schedule(4, limit=1), explained=0.)
+    Trainer(net, blobs(), lr=0., batch_size=32, device='cpu', callbacks=[p]).fit(1)
+    assert net.get_layer_sizes() == [8, 9]
+
+@pytest.mark.parametrize('optimizer', ['Adam', 'SGD', 'Adafactor'])
+def test_a_layer_of_one_unit_goes_and_comes_back_in_training(optimizer):
+    net, x = AdaptiveMLP(5, 2, (1, 4), seed=0), torch.randn(64, 5)
+    opt = getattr(torch.optim, optimizer)(net.parameters(), lr=.01, **dict(momentum=.9) if optimizer == 'SGD' else {})
+    net.attach(opt)
+    def step(): net(x).square().mean().backward(); opt.step(); opt.zero_grad()
+    step()
+    record = net.remove_layer(0, x); assert net.get_layer_sizes() == [4]; step()
+    replay(net, record.inverse(), opt); assert net.get_layer_sizes() == [1, 4]; step()
