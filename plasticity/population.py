@@ -10,6 +10,7 @@ __all__ = ['ENGINES', 'MEMBER_OPTIMIZERS', 'Population', 'member', 'set_member',
 # %% ../nbs/13_population.ipynb #006914cb
 import copy, inspect, warnings
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,21 @@ def _made(
         with seeded(s, 'model'): models.append(make(s) if takes else make())
     return models
 
+_PLAIN = bool, int, float, str, FunctionType, BuiltinFunctionType
+_FREE = 'training', 'seed', 'n_links', 'links_added' # plain attributes that members may differ in
+
+def _plain(v): return isinstance(v, _PLAIN) or isinstance(v, (tuple, list)) and all(map(_plain, v))
+
+def _settings(module):
+    "What a module computes beside its tensors: its kind, and its numbers, names and functions"
+    own = {k: getattr(v, '__qualname__', v) for k, v in vars(module).items() if k[0] != '_' and k not in _FREE and _plain(v)}
+    return type(module).__name__, own
+
 def _plan(model):
-    "What has to agree between members: names, shapes, dtypes"
-    return {k: (tuple(v.shape), v.dtype) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    "What has to agree between members: names, shapes and dtypes, and the settings of modules"
+    tensors = {k: (tuple(v.shape), v.dtype) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    said = {k: _settings(m) for k, m in model.named_modules()}
+    return tensors | {'.'.join(filter(None, (k, s))): v for k, (kind, own) in said.items() for s, v in (dict(type=kind) | own).items()}
 
 # %% ../nbs/13_population.ipynb #c89bcfaf
 ENGINES = 'auto', 'vmap', 'loop'
@@ -86,11 +99,13 @@ class Population(nn.Module):
 @method(Population)
 def _stack(self, models):
     "Put the members' tensors together"
-    plan = _plan(models[0])
+    def plan(m): return _plan(m) | {f'requires_grad of {k}': p.requires_grad for k, p in m.named_parameters()}
+    first = plan(models[0])
     for i, m in enumerate(models):
-        if type(m) is not type(models[0]) or _plan(m) != plan:
-            off = next((k for k in {**plan, **_plan(m)} if _plan(m).get(k) != plan.get(k)), type(m).__name__)
-            raise ValueError(f'make_model: member {i} differs from member 0 in {off}; takes models of one shape')
+        mine = plan(m)
+        if off := next((k for k in {**first, **mine} if mine.get(k) != first.get(k)), None):
+            raise ValueError(f'make_model: member {i} differs from member 0 in {off} ({mine.get(off)}, not {first.get(off)}); '
+                             'takes models of one shape with the same settings')
     if not any(True for _ in models[0].parameters()): raise ValueError('make_model: got a model without parameters')
     self.__dict__['blank'] = copy.deepcopy(models[0]).cpu()
     self.net = copy.deepcopy(models[0])
@@ -121,7 +136,7 @@ def set_member(self,
     model:nn.Module # of the members' shape
 ):
     """Put a model's parameters and buffers in a member's place.
-    Raises: ValueError when its shape is another"""
+    Raises: ValueError when its shape or a setting is another"""
     i, mine = self._index(i), _plan(self.blank)
     if _plan(model) != mine:
         off = next(k for k in {**mine, **_plan(model)} if _plan(model).get(k) != mine.get(k))
@@ -308,6 +323,8 @@ def _record(self, x, y):
 class OwnOrders:
     "Data whose training batches are (members, samples, ...): each member in its own order"
     def __init__(self, data, seeds): self.data, self.seeds = data, list(seeds)
+    def __copy__(self): return OwnOrders(copy.copy(self.data), self.seeds)
+    def __setattr__(self, k, v): object.__setattr__(self, k, v) if k in ('data', 'seeds') else setattr(self.data, k, v)
     def __getattr__(self, k):
         if k in ('data', 'seeds'): raise AttributeError(k)
         return getattr(self.data, k)
@@ -373,6 +390,14 @@ class PopulationTrainer(Trainer):
         super().__init__(model, data, optimizer, precision=precision, device=device, **options)
         self.capture, self._steps = capture, {}
         if isinstance(self.data, OwnOrders): self.data.check(model)
+
+    @property
+    def data(self): return self._data
+    @data.setter
+    def data(self, data):
+        "Own orders stay when a task brings other data"
+        old, mine = vars(self).get('_data'), isinstance(data, OwnOrders)
+        self._data = OwnOrders(data, old.seeds) if isinstance(old, OwnOrders) and not mine else data
 
     @property
     def members(self): return self.model.n

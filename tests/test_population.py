@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from plasticity.continual import continual
 from plasticity.data import get_data
 from plasticity.member_optimizers import MemberAdam, MemberAdamW, MemberSGD, clip_members, hashed_normal, mix
 from plasticity.models import CNN, MLP
 from plasticity.population import MemberMonitors, Population, PopulationTrainer, Step, own_orders
 from plasticity.results import seeded
+from plasticity.sparse import random_layer
+from plasticity.streams import make_stream
 from plasticity.training import Callback, NoisySGD, Trainer
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -219,6 +222,30 @@ def test_tied_and_frozen_parameters():
             F.cross_entropy(m(x), y).backward(); torch.optim.SGD([p for p in m.parameters() if p.requires_grad], .1).step()
             assert largest_gap(m, pop.member(i)) < 1e-6
 
+def test_own_orders_through_a_stream(data, tmp_path):
+    "Tasks made of data with own orders hold what the kind makes of it; orders stay from task to task, and on resume"
+    pop = Population(MODELS['mlp'], seeds=[3, 8])
+    own = own_orders(data, pop)
+    for kind in ('permuted', 'random_labels', 'classes'):
+        task, plain = make_stream(kind, own, tasks=2)[1].data, make_stream(kind, data, tasks=2)[1].data
+        assert torch.equal(task.x_train, plain.x_train) and torch.equal(task.y_train, plain.y_train) and own.seeds == task.seeds
+    assert own.data is data and len(data.x_train) == 150
+    stream, options = make_stream('permuted', data, tasks=2), dict(batch_size=16, device='cpu', eval_every=0)
+    def begin(): return PopulationTrainer(Population(MODELS['mlp'], seeds=[3, 8]), own_orders(data, pop), **options)
+    whole = continual(begin(), stream, 2).trainer
+    class Stop(Callback):
+        order, at = 95, 1
+        def after_epoch(self, trainer): trainer.stop = trainer.stop or trainer.epoch == self.at
+    cut = begin()
+    continual(cut, stream, 2, callbacks=[Stop()])
+    cut.save(tmp_path)
+    on = Stop()
+    on.at = None
+    resumed = continual(begin(), stream, 2, callbacks=[on], resume=tmp_path).trainer
+    for i, seed in enumerate([3, 8]):
+        one = continual(Trainer(made(MODELS['mlp'], seed), data, seed=seed, **options), stream, 2).trainer
+        assert same(whole.model.member(i), one.model) and same(resumed.model.member(i), one.model)
+
 def test_what_cannot_be_a_population():
     with pytest.raises(ValueError, match='n: got None'): Population(MODELS['mlp'])
     with pytest.raises(ValueError, match='n: got 0'): Population(MODELS['mlp'], 0)
@@ -228,6 +255,23 @@ def test_what_cannot_be_a_population():
     with pytest.raises(ValueError, match='takes as many'): Population(MODELS['mlp'], 3, seeds=[1, 2])
     with pytest.raises(TypeError, match='takes 2 arguments'): Population(lambda a, b: MLP(4, 2), 2)
     assert same(Population(lambda seed: made(MODELS['mlp'], seed), seeds=[5, 6]).member(1), made(MODELS['mlp'], 6))
+
+def test_members_that_compute_otherwise_are_refused():
+    "Activations, options and what learns are member 0's for all: what differs there is named"
+    def net(act, p=0., frozen=False):
+        m = nn.Sequential(nn.Linear(6, 4), act, nn.Dropout(p), nn.Linear(4, 2))
+        m[0].weight.requires_grad_(not frozen)
+        return m
+    for a, b, off in ((net(nn.ReLU()), net(nn.Tanh()), '1.type .Tanh, not ReLU'), (net(nn.LeakyReLU(.1)), net(nn.LeakyReLU(.9)), '1.negative_slope'),
+                      (net(nn.ReLU(), .1), net(nn.ReLU(), .9), '2.p'), (net(nn.ReLU()), net(nn.ReLU(), frozen=True), 'requires_grad of 0.weight'),
+                      *((MLP(6, 2, (3,)), MLP(6, 2, (3,), activation=k), 'layers.0.act.type') for k in ('tanh', 'gelu'))):
+        with pytest.raises(ValueError, match=f'member 1 differs from member 0 in {off}'): Population([a, b])
+    pop = Population([net(nn.ReLU(), .1) for _ in range(2)])
+    with pytest.raises(ValueError, match='2.p is 0.9'): pop.set_member(1, net(nn.ReLU(), .9))
+    pop.net[0].weight.requires_grad_(False)
+    pop.set_member(0, pop.member(1).eval())
+    sparse = Population([random_layer(6, 5, .7, seed=s) for s in range(2)])
+    assert torch.equal(sparse(torch.eye(6))[1], random_layer(6, 5, .7, seed=1)(torch.eye(6)))
 
 class Recurrent(nn.Module):
     def __init__(self):
