@@ -180,13 +180,15 @@ def save_quantized(
 ) -> Path:
     "Write a model with weights of `bits` bits; all else as it is"
     from safetensors.torch import save
-    names, tensors, shapes = set(weights(model)), {}, {}
+    first, tensors, shapes, same = {id(p): n for n, p in weights(model).items()}, {}, {}, {}
+    at = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first} # name -> first name of its tensor
     for k, v in model.state_dict().items():
-        if k not in names or not v.numel(): tensors[k] = v.detach().cpu().contiguous().clone(); continue
+        if at.get(k, k) != k: same[k] = at[k]; continue # tied: stored once
+        if k not in at or not v.numel(): tensors[k] = v.detach().cpu().contiguous().clone(); continue
         q, peak = quantize(v, bits, per_channel)
         tensors[f'{k}.q'], tensors[f'{k}.peak'] = pack_bits(q, bits), peak.cpu().reshape(-1)
         shapes[k] = [list(v.shape), list(peak.shape), str(v.dtype)[6:]]
-    about = dict(format='plasticity quantized', bits=str(bits), shapes=json.dumps(shapes))
+    about = dict(format='plasticity quantized', bits=str(bits), shapes=json.dumps(shapes), same=json.dumps(same))
     write_atomic(Path(path), save(tensors, metadata=about))
     return Path(path)
 
@@ -207,6 +209,7 @@ def load_quantized(
     for k, (shape, rows, dtype) in json.loads(about['shapes']).items():
         q, peak = unpack_bits(tensors.pop(f'{k}.q'), bits, math.prod(shape)), tensors.pop(f'{k}.peak')
         tensors[k] = dequantize(q.view(shape), peak.view(rows), bits).to(getattr(torch, dtype))
+    tensors |= {k: tensors[first] for k, first in json.loads(about.get('same', '{}')).items()}
     try: model.load_state_dict(tensors)
     except RuntimeError as e: raise ValueError(f"model: {path} is of another model: {' '.join(str(e).split())[:300]}") from None
     return model

@@ -178,3 +178,23 @@ def test_the_latency_table_says_what_is_slower():
     assert [r['scheme'] for r in t] == ['float32', 'int8_weight', 'int4_weight'] and t[0]['ms'] > 0 and t[0]['verdict'] == 'the reference'
     for r in t[1:]: assert r['verdict'] and ('ms' not in r or r['ms'] is None or ('slower' in r['verdict']) == (r['ms'] > t[0]['ms']))
     with pytest.raises(ValueError, match='schemes'): latencies(m, x, ['int7'])
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    def gpt(seed, **options): return make_model('gpt', 16, 200, seed=seed, hidden_size=64, num_layers=1, num_heads=4, **options)
+    m = gpt(0)
+    path = save_quantized(m, tmp_path/'m.safetensors', 4)
+    assert os.path.getsize(path) < .2*4*num_parameters(m)
+    n = load_quantized(gpt(1), path)
+    assert n.tied and torch.equal(n.tok.weight, fake_quantize(m.tok.weight, 4))
+    n = load_quantized(gpt(1, tied=False), path)
+    assert torch.equal(n.tok.weight, n.head.weight)
+
+def test_files_from_before_weights_were_stored_once(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    m = make_model('mlp', 4, 2, seed=0, hidden_sizes=(5,))
+    path = save_quantized(m, tmp_path/'m.safetensors', 4)
+    with safe_open(path, 'pt') as f: about, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    save_file(tensors, path, {k: v for k, v in about.items() if k != 'same'})
+    n = load_quantized(make_model('mlp', 4, 2, seed=1, hidden_sizes=(5,)), path)
+    assert torch.equal(n.head.weight, fake_quantize(m.head.weight, 4))
