@@ -82,10 +82,11 @@ ACTIVATIONS = dict(gelu_tanh=lambda: nn.GELU(approximate='tanh'))
 
 class GPTBlock(nn.Module):
     "`x + attn(norm1(x))`, then `x + mlp(norm2(x))`"
-    def __init__(self, width, heads, head_dim, hidden, bias=True, dropout=0., act='gelu_tanh'):
+    def __init__(self, width, heads, head_dim, hidden, bias=True, dropout=0., act='gelu_tanh', eps=1e-5):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, bias=bias), CausalAttention(width, heads, head_dim, bias, dropout)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width, bias=bias), nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+        self.norm1, self.attn = nn.LayerNorm(width, eps, bias=bias), CausalAttention(width, heads, head_dim, bias, dropout)
+        self.norm2 = nn.LayerNorm(width, eps, bias=bias)
+        self.fc1, self.fc2 = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
         self.act, self.drop = ACTIVATIONS[act]() if act in ACTIVATIONS else activation(act), nn.Dropout(dropout)
 
     def forward(self, x, angles=None, mask=None, cache=None, layer=0):
@@ -108,7 +109,8 @@ class GPT(Model):
         tied:bool=True, # the embedding reads the answer, too
         activation:str='gelu_tanh', # 'gelu_tanh' or a name of the models chapter
         dropout:float=0., # probability
-        bias:bool=True # in linear layers and norms
+        bias:bool=True, # in linear layers and norms
+        norm_eps:float=1e-5 # added to the variance in norms
     ):
         super().__init__(locals())
         room = as_ints('in_shape', in_shape)[-1] if max_seq_length is None else as_ints('max_seq_length', max_seq_length, 1)[0]
@@ -122,8 +124,8 @@ class GPT(Model):
             raise ValueError(f'head_dim: got {self.head_dim}, rotary positions take an even one')
         self.room, self.tok = room, nn.Embedding(num_classes, hidden_size)
         self.pos = nn.Embedding(room, hidden_size) if positions == 'learned' else None
-        self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(hidden_size, bias=bias)
-        made = (GPTBlock(hidden_size, h, self.head_dim, f, bias, dropout, activation) for h, f in zip(heads, hidden, strict=True))
+        self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(hidden_size, norm_eps, bias=bias)
+        made = (GPTBlock(hidden_size, h, self.head_dim, f, bias, dropout, activation, norm_eps) for h, f in zip(heads, hidden, strict=True))
         self.blocks, self.head = nn.ModuleList(made), nn.Linear(hidden_size, num_classes, bias=False)
         if tied: self.head.weight = self.tok.weight
         self.draw()
@@ -138,6 +140,8 @@ class GPT(Model):
     def heads(self): return [b.attn.num_heads for b in self.blocks] # of each layer, now
     @property
     def tied(self): return self.head.weight is self.tok.weight
+    @property
+    def made_of(self): return self.spec | dict(tied=self.tied) # the spec; a head can be untied later
 
 MODELS['gpt'] = GPT
 
@@ -211,7 +215,7 @@ class TextTrainer(Trainer):
 
     def state_dict(self):
         tokenizer = getattr(self.data, 'tokenizer', None)
-        text = dict(spec=self.model.spec, sizes=self.model.sizes(), data=repr(self.data),
+        text = dict(spec=self.model.made_of, sizes=self.model.sizes(), data=repr(self.data),
                     tokenizer=None if tokenizer is None else tokenizer.to_json(), last=dict(self.history[-1]) if self.history else {})
         return super().state_dict() | dict(text=text)
 
@@ -233,7 +237,7 @@ def built(
 def resized(model, sizes, optimizer=None):
     "Give a model these sizes, its parameters keeping their identity; values are to be loaded"
     if model.sizes() == sizes: return model
-    other = built(model.spec, sizes).to(model.tok.weight)
+    other = built(model.made_of, sizes).to(model.tok.weight)
     for block in other.blocks[len(model.blocks):]:
         model.blocks.append(block)
         if optimizer is not None: optimizer.param_groups[0]['params'] += list(block.parameters())
@@ -269,7 +273,7 @@ def save_language_model(
     "Write a model to talk to, without what training needs"
     from plasticity.training import save_state
     known = {k: (about or {}).get(k) for k in ('data', 'last')}
-    text = dict(spec=model.spec, sizes=model.sizes(), tokenizer=tokenizer) | known
+    text = dict(spec=model.made_of, sizes=model.sizes(), tokenizer=tokenizer) | known
     counters = {k: (about or {}).get(k, 0) for k in ('step', 'epoch')}
     return save_state(folder, dict(model=model.state_dict(), text=text, counters=counters))
 
@@ -307,12 +311,10 @@ def from_gpt2(
         if config.get(k, v) != v: raise ValueError(f'source: its config has {k}={config[k]}, takes a GPT-2 with {k}={v}')
     model = GPT((config['n_positions'],), config['vocab_size'], config['n_embd'], config['n_layer'], config['n_head'],
                 ff_size=config.get('n_inner'), activation=acts.get(act := config['activation_function'], act),
-                tied=config.get('tie_word_embeddings', True))
+                tied=config.get('tie_word_embeddings', True), norm_eps=config['layer_norm_epsilon'])
     ours = {_from_gpt2_name(k): v.T if k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else v for k, v in state.items()}
     ours.pop(None, None)
     model.load_state_dict({'head.weight': ours['tok.weight']} | ours)
-    for m in model.modules():
-        if isinstance(m, nn.LayerNorm): m.eps = config['layer_norm_epsilon']
     return model.eval()
 
 # %% ../nbs/17_transformer.ipynb #477abb87

@@ -6,7 +6,8 @@ import torch
 
 from plasticity.edits import edit, replay
 from plasticity.models import make_model
-from plasticity.transformer import GPT, Cache, attention_maps, from_gpt2, load_language_model, save_language_model
+from plasticity.text import Bytes, TextData
+from plasticity.transformer import GPT, Cache, TextTrainer, attention_maps, from_gpt2, load_language_model, save_language_model
 from plasticity.units import units
 
 def small(seed=0, **options):
@@ -105,6 +106,22 @@ def test_sizes_can_differ_by_layer(tmp_path):
     save_language_model(tmp_path, m, dict(kind='bytes'))
     again, tokenizer, _ = load_language_model(tmp_path)
     with torch.no_grad(): assert torch.equal(again(x), m(x)) and tokenizer == dict(kind='bytes')
+
+def test_norms_and_an_untied_head_are_saved_as_they_are(tmp_path):
+    m, x = small(norm_eps=.1), tokens()
+    m.head.weight = torch.nn.Parameter(m.head.weight.detach() + torch.randn(m.head.weight.shape))
+    save_language_model(tmp_path, m)
+    again, _, about = load_language_model(tmp_path)
+    assert not again.tied and again.norm.eps == again.blocks[1].norm2.eps == .1 == about['spec']['norm_eps']
+    with torch.no_grad(): assert torch.equal(again(x), m(x)) and not torch.equal(small()(x), small(norm_eps=.1)(x))
+
+def test_a_run_with_an_untied_head_is_saved_as_it_is(tmp_path):
+    m = small()
+    m.head.weight = torch.nn.Parameter(m.head.weight.detach().clone())
+    data = TextData('t', torch.arange(999) % 50, torch.arange(99) % 50, Bytes(), 32)
+    TextTrainer(m, data, batch_size=4, device='cpu').fit(steps=2).save(tmp_path)
+    again, x = load_language_model(tmp_path)[0], tokens()
+    with torch.no_grad(): assert not again.tied and torch.equal(again(x), m.eval()(x))
 
 def test_maps_are_the_attention():
     m, x = small(), tokens()
