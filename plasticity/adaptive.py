@@ -309,7 +309,7 @@ class WeakWeights(Masks):
 
     def after_step(self, trainer):
         self.samples += len(trainer.y)
-        if self.schedule(trainer.step, self.samples): self.update(threshold=self.threshold)
+        if self.schedule(trainer.step, self.samples, lambda: trainer): self.update(threshold=self.threshold)
         else: self.apply()
 
     def state_dict(self): return dict(schedule=self.schedule.state_dict(), samples=self.samples, gone=super().state_dict())

@@ -140,8 +140,7 @@ class FakeQuantize(Callback):
     def __repr__(self): return f'FakeQuantize({self.bits} bits, {self.schedule!r})'
     def before_step(self, trainer):
         self.samples += len(trainer.y)
-        if not self.schedule.due(trainer.step + 1, self.samples): return
-        self.schedule.note(trainer.step + 1, self.samples)
+        if not self.schedule(trainer.step + 1, self.samples, lambda: trainer): return
         params = list(weights(trainer.model).values())
         self.held = params, _exchange(params, self.bits, self.per_channel)
 

@@ -9,6 +9,7 @@ from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits
 from plasticity.data import Data
 from plasticity.edits import Prune, Widen
 from plasticity.models import make_model
+from plasticity.quantization import FakeQuantize
 from plasticity.results import generator
 from plasticity.schedules import Averages, Schedule, Scheduled, active_share
 from plasticity.training import Trainer
@@ -174,3 +175,18 @@ def test_a_scheduled_run_resumes_to_the_same_bits(tmp_path):
     a, b = whole.model.state_dict(), rest.model.state_dict()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert whole.callbacks[0].events == rest.callbacks[0].events
+
+@pytest.mark.parametrize('answer', [False, True])
+def test_policies_ask_the_condition_of_their_schedule(answer):
+    asked = []
+    def when(stats): asked.append(stats); return answer
+    def net(): return AdaptiveMLP(4, 2, (6,), seed=0)
+    def fit(c): return Trainer(net(), small(), batch_size=16, device='cpu', callbacks=[c], eval_every=0).fit(steps=4)
+    def last(): return asked.pop()
+    s = lambda: Schedule(2, when=when)
+    p = Scheduled(s(), lambda t: Widen('body.layers.0.linear', 1))
+    assert (t := fit(p)) is last() and len(p.events) == p.schedule.fired == 2*answer and p.schedule.asked == 2
+    p = FullLayers(s(), threshold=0.)
+    fit(p); assert last() is p.averages and p.averages.of and len(p.events) == p.schedule.fired == 2*answer
+    for p in (FakeQuantize(4, s()), WeakWeights(s(), .1)):
+        t = fit(p); assert last() is t and p.schedule.fired == 2*answer and p.schedule.asked == 2
