@@ -240,6 +240,13 @@ def test_numbers_are_those_of_the_monitor_and_the_weights(digits):
     partner, like = frame['twins']['layers.0.linear']
     assert len(partner) == 12 and (partner != np.arange(12)).all() and (like <= 1 + 1e-9).all()
 
+def test_a_run_that_diverges_is_filmed_to_its_end(digits):
+    f = Filming(steps=1)
+    with seeded(0): model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 9), torch.nn.Linear(9, 10))
+    t = Trainer(model, digits, 'sgd', lr=1e8, device='cpu', callbacks=[f]).fit(2)
+    assert not model[1].weight.isfinite().any()
+    assert f.film.frames[-1]['step'] == t.step and f.film.pack()
+
 def test_twins_are_found(digits):
     f = Filming(every=0, share=1.)
     t = trainer_of(digits, callbacks=[f])
