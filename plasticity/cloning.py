@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'FLIGHT', 'block_mean', 'matrices', 'scatter', 'deviation', 'unequal', 'features', 'compare', 'of_layer',
            'summed', 'Until', 'twin', 'take_along', 'Expand', 'expand', 'restart_noise', 'measure', 'rebuild',
-           'cloning', 'Paths', 'escape', 'plot_paths', 'Flight']
+           'cloning', 'Paths', 'escape', 'plot_paths', 'Flight', 'Cloned', 'CloneNetwork', 'clone']
 
 # %% ../nbs/09_cloning.ipynb #8750f45d
 import copy, json, time, zlib
@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .copies import Cloned, CloneNetwork, clone # noqa: F401, all three are found here too
+from .copies import HEADS, Cloned, CloneNetwork, clone # noqa: F401, all three are found here too
 from .data import get_data
 from .metrics import activation_similarity, clone_r2, effective_rank, feature_alignment
 from .models import make_model
 from .monitors import select, take_rows, unit_axis
 from .results import Table, did_you_mean, generator, method, random_state, write_atomic
 from .training import Callback, History, Trainer, evaluating, load_state
+
+# %% ../nbs/09_cloning.ipynb #5dd6a646
+_all_ = ['Cloned', 'CloneNetwork', 'clone']
 
 # %% ../nbs/09_cloning.ipynb #cd962025
 def block_mean(
@@ -196,6 +199,10 @@ class Expand(Callback):
         path=None, # file of JSON lines for the rows
         **options # of `compare`: layers, rows, loss, backward, ranks
     ):
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:
+            raise ValueError(f'factor: got {factor!r}, takes an integer, 2 or more')
+        if heads not in HEADS: raise ValueError(f'heads: got {heads!r}{did_you_mean(heads, HEADS)}')
+        if isinstance(at, int): raise ValueError(f'at: got {at!r}, takes a list of epochs')
         self.at, self.factor, self.heads, self.track_base = sorted(at), factor, heads, track_base
         self.size, self.every, self.options, self.path = probe, every, options, path
         self.done, self.cloned, self.base, self.rows, self.noise, self.cloned_at = 0, None, None, Table(), None, None
@@ -242,7 +249,7 @@ def measure(self, trainer):
     if self.base: trainer.log(split='base', **self.base.evaluate())
     if not self.size: return
     base = self.base.model if self.base else None
-    table = compare(self.cloned, base, trainer.data.probe(self.size, seed=trainer.seed), **self.options)
+    table = compare(self.cloned, base, trainer.data.probe(self.size, seed=trainer.seed), **dict(loss=trainer.loss_fn) | self.options)
     rows = [dict(step=trainer.step, epoch=trainer.epoch, expansions=self.done) | r for r in table]
     self.rows += rows
     if self.path:
@@ -272,11 +279,14 @@ def cloning(experiment,
     no_augment:bool=False
 ):
     "Train, clone the units, train base and clone on"
+    from .experiments import building
     first, each = experiment.epochs(initial_epochs), experiment.epochs(epochs_per_expansion)
     o = experiment.options('metrics')
     probe, every = min(o['probe'], 64) if experiment.dry else o['probe'], o['metrics_frequency']
-    e = Expand([first + i*each for i in range(num_expansions)], expansion_factor, heads, track_base, probe=probe*bool(every),
-               every=max(1, every), path=experiment.folder/'cloning.jsonl')
+    with building():
+        if experiment.growth() is not None: raise ValueError('growth: got a strategy; training=cloning, which counts copies, takes none')
+        e = Expand([first + i*each for i in range(num_expansions)], expansion_factor, heads, track_base, probe=probe*bool(every),
+                   every=max(1, every), path=experiment.folder/'cloning.jsonl')
     trainer = experiment.trainer(batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, precision=precision,
                                  augment=not no_augment)
     trainer.callbacks.append(e)

@@ -267,7 +267,13 @@ def new_stats(name, kind, units, device='cpu', max_units=1024, gram=True, **kw):
     k = min(units, max_units)
     return LayerStats(name, kind, units, torch.zeros(len(SUMS), units, dtype=f, device=dev), torch.zeros(units, dtype=f, device=dev),
                       torch.zeros(units, dtype=f, device=dev), torch.zeros(k, k, dtype=f, device=dev) if gram else None,
-                      None if k == units else torch.arange(k, device=dev) * units // k, **kw)
+                      None if k == units else _chosen(units, k, dev), **kw)
+
+def _chosen(units, k, dev):
+    "k of the units in runs of 32 spread evenly: of copies that stand side by side all are seen, or none"
+    i, run = torch.arange(k, device=dev), next(r for r in (32, 2, 1) if k % r == 0)
+    first = i//run*run*units//k
+    return first - first % min(run, 2) + i % run
 
 # %% ../nbs/04_monitors.ipynb #61342e9f
 @method(LayerStats)
@@ -721,6 +727,7 @@ def _before(self, module, args, kwargs):
     if self._due is None: due, self.step = self.step % self.every == 0, self.step + 1
     else: due = self._due
     if not due: return
+    if self._watch is not None and self._watch.waiting and not torch.is_grad_enabled(): return # a target, made before `backward`
     self._flush()
     self._inside, self.measured = True, self.measured + 1
     self._watch = Watch(self._selected(), self._state, self.rows, self.gradients and torch.is_grad_enabled(),

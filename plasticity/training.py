@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'FORMAT', 'Callback', 'History', 'NoisySGD', 'make_optimizer', 'lr_factor', 'pack',
-           'unpack', 'save_state', 'load_state', 'Trainer', 'evaluating', 'log', 'begin_task', 'fit', 'evaluate',
-           'predict', 'state_dict', 'load_state_dict', 'save', 'load', 'Checkpoint']
+           'unpack', 'save_state', 'load_state', 'squared_error', 'Trainer', 'evaluating', 'log', 'begin_task', 'fit',
+           'evaluate', 'predict', 'state_dict', 'load_state_dict', 'save', 'load', 'Checkpoint']
 
 # %% ../nbs/03_training.ipynb #7bb5b61d
 import hashlib, json, math, signal, threading
@@ -207,6 +207,12 @@ def _check(ok, name, got, takes):
 _DTYPES = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 # %% ../nbs/03_training.ipynb #5c02486b
+def squared_error(out, y):
+    "Mean squared error, of outputs shaped as the targets are"
+    if out.shape != y.shape:
+        raise ValueError(f'model: got outputs of shape {tuple(out.shape)}, takes that of the targets, {tuple(y.shape)}')
+    return F.mse_loss(out, y)
+
 class Trainer:
     "The training loop: `fit`, `evaluate`, `predict`, `save`, `load`"
     def __new__(cls, model=None, *args, **options):
@@ -246,7 +252,7 @@ class Trainer:
         for g in self.optimizer.param_groups: g.setdefault('initial_lr', g['lr'])
         self.batch_size, self.schedule, self.warmup, self.clip, self.accumulate = batch_size, schedule, warmup, clip, accumulate
         self.precision, self.seed, self.augment, self.eval_every, self.progress = precision, seed, augment, eval_every, progress
-        self.loss_fn = loss or (F.cross_entropy if data.task == 'classification' else F.mse_loss)
+        self.loss_fn = loss or (F.cross_entropy if data.task == 'classification' else squared_error)
         self.forward = torch.compile(self.model) if compile else self.model
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == 'fp16')
         self.callbacks = list(callbacks)
@@ -451,6 +457,7 @@ def fit(self,
             self.call('before_fit')
             if self.step == 0 and self.eval_every and not self.history: self.log(split='test', **self.evaluate())
             while not self._done() or (self.batch and self.batch == self.n_batches): self._epoch()
+            if self._interrupted: raise KeyboardInterrupt # it came in the last evaluation
         finally: self.call('after_fit')
     return self
 

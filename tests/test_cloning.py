@@ -315,6 +315,7 @@ class Experiment:
         self.model = make_model('mlp', self.data.shape, 10, seed=0, hidden_sizes=(6, 6), normalization='batch', dropout=.1)
     def options(self, group): return dict(metrics_frequency=1, probe=32)
     def epochs(self, n): return n
+    def growth(self): return None
     def trainer(self, **options):
         from plasticity.training import Checkpoint
         return Trainer(self.model, self.data, optimizer='noisy_sgd', lr=.05, momentum=.9, device='cpu',
@@ -367,3 +368,13 @@ def test_paths():
         assert xy.shape == (2, 16, 2) and (xy[0, ::2] - xy[0, 1::2]).abs().max() < 1e-5
         gap[how] = (xy[1, ::2] - xy[1, 1::2]).norm(dim=-1).max()
     assert gap['sgd'] < 1e-4 < gap['noisy_sgd']
+
+def test_the_star_brings_what_the_page_says():
+    names = {}
+    exec('from plasticity.cloning import *', names)
+    assert {'clone', 'Cloned', 'Expand', 'compare'} <= set(names)
+
+@pytest.mark.parametrize('options, name', [(dict(factor=1), 'factor'), (dict(factor=2.), 'factor'), (dict(heads='foo'), 'heads'),
+                                           (dict(at=3), 'at')])
+def test_wrong_words_fail_before_the_base_is_trained(options, name):
+    with pytest.raises(ValueError, match=f'^{name}: got'): Expand(**dict(at=[1]) | options)

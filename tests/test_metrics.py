@@ -367,10 +367,11 @@ def test_large_mean():
 
 def test_state_over_some_units():
     h = normal(300, 40).relu(); h[:, 20] = h[:, 0]
-    s = stats_of(h, max_units=20)                   # every second unit
-    close(effective_rank(s), effective_rank(h[:, ::2])); close(participation_ratio(s), participation_ratio(h[:, ::2]))
+    s = stats_of(h, max_units=20)                   # every second pair of units
+    some = h[:, s.gram_units]
+    close(effective_rank(s), effective_rank(some)); close(participation_ratio(s), participation_ratio(some))
     assert duplicate_fraction(s) == 2/20 and dead_fraction(s) == 0 and unit_stats(s)['mean'].shape == (40,)
-    close(clone_r2(s, torch.arange(40) // 4), clone_r2(h[:, ::2], torch.arange(20) // 2))
+    close(clone_r2(s, torch.arange(40) // 4), clone_r2(some, (torch.arange(40) // 4)[s.gram_units]))
 
 def test_monitor_saturation_of_both_kinds():
     net = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
@@ -540,3 +541,41 @@ def test_fresh_copy():
 def test_rows_of():
     assert rows_of(torch.zeros(2, 3, 4, 5)).x.shape == (40, 3) and rows_of(torch.zeros(2, 3, 4)).x.shape == (6, 4)
     s = stats_of(torch.ones(3, 2)); assert rows_of(s) is s
+
+@pytest.mark.parametrize('units', [600, 1100])
+def test_copies_side_by_side_are_seen_in_wide_layers(units):
+    h = torch.randn(300, units, generator=generator(0, 'wide')).relu().repeat_interleave(2, 1)
+    assert duplicate_fraction(stats_of(h)) == duplicate_fraction(h) == 1 and clone_r2(stats_of(h), 2) == pytest.approx(1)
+    net = nn.Sequential(nn.Linear(5, 2*units), nn.ReLU())
+    m = Monitor(net, every=1, gradients=False)
+    with m: net(torch.randn(20, 5))
+    said = report(m).where(metric='duplicate_fraction', layer='1')[0]['thresholds']
+    assert said.endswith(f'1024 of {2*units} units')
+
+def test_kurtosis_that_is_lost_in_the_sums_is_nan():
+    h = torch.randn(400, 8, generator=generator(0, 'far'))
+    assert non_gaussianity(stats_of(h), 'kurtosis') == pytest.approx(float(non_gaussianity(h, 'kurtosis')), rel=1e-3)
+    assert torch.isnan(non_gaussianity(stats_of(h + 1e4), 'kurtosis')) and not torch.isnan(non_gaussianity(h + 1e4, 'kurtosis'))
+
+def test_layers_without_gradients_have_no_gradient_rows():
+    net = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 7))
+    for p in net[:2].parameters(): p.requires_grad_(False)
+    m = Monitor(net, every=1)
+    with m: net(torch.randn(64, 10))
+    assert {r['metric'] for r in report(m)} >= {'dead_fraction'} # before a first backward pass
+    m.reset()
+    with m: torch.nn.functional.cross_entropy(net(torch.randn(64, 10)), torch.randint(0, 7, (64,))).backward()
+    rows = report(m, definitions='all')
+    graded = {r['layer'] for r in rows if r['metric'] == 'saturated_fraction' and r['definition'] == 'gradient'}
+    assert not graded & {'0', '1'} and '3' in graded
+
+@pytest.mark.parametrize('options, name', [(dict(steps=0), 'steps'), (dict(steps=5, every=7), 'every'), (dict(steps=5, every=0), 'every')])
+def test_trainability_takes_numbers_that_make_a_curve(options, name):
+    from plasticity.data import get_data
+    with pytest.raises(ValueError, match=name): trainability(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), get_data('digits'), **options)
+
+def test_a_map_of_classes_is_reported():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x, y = torch.randn(5, 3, 8, 8), torch.randint(0, 4, (5, 8, 8))
+    own = {r['layer']: r['value'] for r in report(net, (x, y), loss=torch.nn.CrossEntropyLoss()).where(metric='grad_norm')}
+    assert {r['layer']: pytest.approx(r['value'], rel=1e-5) for r in report(net, (x, y)).where(metric='grad_norm')} == own

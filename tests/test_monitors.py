@@ -499,3 +499,14 @@ def test_two_monitors_leave_the_compiler_on():
     with Monitor(net, every=1) as a, Monitor(net, every=2) as b:
         for _ in range(4): net(x).sum().backward()
     assert torch._dynamo.eval_frame._stance.stance == 'default' and len(a.stats) and len(b.stats)
+
+def test_a_target_computed_before_backward_costs_no_gradients():
+    net, x = mlp(), torch.randn(40, 6)
+    m = Monitor(net, every=1)
+    with m:
+        for _ in range(2):
+            out = net(x)
+            with torch.no_grad(): target = net(x + 1)
+            (out - target).square().mean().backward()
+    s = m['1']
+    assert s.n == 80 and float(s.grad_n[0]) == 80

@@ -245,3 +245,21 @@ def test_make_optimizer_takes_all_kinds():
     assert make_optimizer(ready, p) is ready
     assert isinstance(make_optimizer(torch.optim.Adagrad, p, lr=.1), torch.optim.Adagrad)
     with pytest.raises(ValueError, match='options'): make_optimizer(ready, p, lr=.1)
+
+def test_outputs_that_would_be_broadcast_over_the_targets_are_refused():
+    from plasticity.data import Data
+    x = torch.randn(40, 3).numpy(); y = x.sum(1)
+    class Flat(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(3, 1)
+        def forward(self, x): return self.l(x)[:, 0]
+    with pytest.raises(ValueError, match=r'model: got outputs of shape \(\d+,\), takes .*\(\d+, 1\)'):
+        Trainer(Flat(), Data('r', x, y, x, y), device='cpu').fit(1)
+    Trainer(nn.Linear(3, 1), Data('r', x, y, x, y), device='cpu').fit(1)
+
+def test_an_interrupt_in_the_last_evaluation_is_raised():
+    class Press(Callback):
+        def on_log(self, trainer, row):
+            if row.get('split') == 'train': trainer._interrupted = True
+    t = trainer(callbacks=[Press()])
+    with pytest.raises(KeyboardInterrupt): t.fit(1)
+    assert t.epoch == 1
