@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .edits import Clone, Edit, EditRecord, Prune, copied, edit, replay
+from .pruning import unfrozen
 from .results import Table, did_you_mean, generator, method
 from .schedules import Scheduled
 from .surgery import Surgeon
@@ -33,7 +34,7 @@ def _by_taylor(model, batches):
     "Mean over batches of |dL/dg|"
     out, ws = 0, [b.attn.proj.weight for b in model.blocks]
     for x, y in batches:
-        with evaluating(model), torch.enable_grad(): grads = torch.autograd.grad(token_loss(model(x), y), ws)
+        with evaluating(model), torch.enable_grad(), unfrozen(ws): grads = torch.autograd.grad(token_loss(model(x), y), ws)
         each = [(_columns(b.attn, w)*_columns(b.attn, g)).sum((0, 2)).abs() for b, w, g in zip(model.blocks, ws, grads, strict=True)]
         out = each if out == 0 else [a + b for a, b in zip(out, each, strict=True)]
     return [v/len(batches) for v in out]

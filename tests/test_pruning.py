@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plasticity.data import Data
+from plasticity.depth import twin_attention
 from plasticity.edits import Widen, edit
 from plasticity.models import make_model, num_parameters
 from plasticity.pruning import CRITERIA, IterativePruning, Masks, chosen, importance, macs, prune_units, pruned_like, weak_units
@@ -202,3 +203,53 @@ def test_masks_and_weak_units_look_at_their_arguments():
         with pytest.raises(ValueError, match=f'^{name}: got'): f()
     with pytest.raises(ValueError, match='^threshold: got'): weak_units(m, x, 'a')
     with pytest.raises(ValueError, match='^at_least: got'): chosen(dict(a=torch.ones(3)), .5, at_least=0)
+
+class Read(nn.Module):
+    "Units that a buffer reads"
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 10)
+        self.register_buffer('w', torch.randn(3, 10, generator=generator(0, 'w')))
+    def forward(self, x): return F.linear(self.a(x).relu(), self.w)
+
+def test_a_buffer_reads_units_too():
+    m, x = Read(), torch.randn(16, 6)
+    assert weak_units(m, x, .01) == {}
+    m.w[:, [2, 7]] = 1e-4
+    (name, gone), = weak_units(m, x, .01).items()
+    assert gone.tolist() == [2, 7]
+    torch.testing.assert_close(importance(m, x, 'outgoing')[name], m.w.norm(dim=0))
+    h = m.a(x).relu().detach().requires_grad_()
+    g, = torch.autograd.grad(F.linear(h, m.w).square().mean(), h)
+    s = importance(m, x, 'taylor', data=(x, torch.zeros(16, 3)))[name]
+    torch.testing.assert_close(s, (g*h).sum(0).abs()); assert not m.w.requires_grad
+
+def test_frozen_weights_have_a_taylor_importance():
+    m, x = built('mlp')
+    a = importance(m, x, 'taylor', data=batch(x))
+    m.layers[1].requires_grad_(False)
+    b = importance(m, x, 'taylor', data=batch(x))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert [n for n, p in m.named_parameters() if not p.requires_grad] == ['layers.1.linear.weight', 'layers.1.linear.bias']
+
+def test_macs_of_attention_and_recurrent_layers():
+    t, e, f = 5, 32, 64
+    layer, x = nn.TransformerEncoderLayer(e, 4, f, batch_first=True), torch.randn(2, t, e)
+    assert macs(layer, x) == t*(3*e*e + 3*e + e*e + e + e*f + f + f*e + e + 4*e)
+    assert macs(twin_attention(layer), x) == t*(3*e*e + 3*e + e*e + e + e*f + f + f*e + e + 4*e)
+    class Across(nn.Module):
+        def __init__(self): super().__init__(); self.att = nn.MultiheadAttention(8, 2, kdim=3, vdim=5, bias=False, batch_first=True)
+        def forward(self, q, k, v): return self.att(value=v, key=k, query=q)[0]
+    assert macs(Across(), (torch.randn(1, 4, 8), torch.randn(1, 6, 3), torch.randn(1, 6, 5))) == 4*8*8 + 6*8*3 + 6*8*5 + 4*8*8
+    class Last(nn.Module):
+        def __init__(self, **options): super().__init__(); self.rnn = nn.LSTM(8, 16, batch_first=True, **options)
+        def forward(self, x): return self.rnn(x)[0][:, -1]
+    assert macs(Last(), torch.randn(2, 7, 8)) == 7*4*16*(8 + 16 + 2)
+    assert macs(Last(bidirectional=True, num_layers=2), torch.randn(2, 7, 8)) == 7*2*4*16*(8 + 16 + 2 + 32 + 16 + 2)
+
+def test_iterative_pruning_of_all_layers_together():
+    x = torch.randn(64, 12, generator=generator(0, 'd')); y = (x[:, 0] > 0).long()
+    m = make_model('mlp', 12, 2, seed=0, hidden_sizes=(40, 20))
+    c = IterativePruning(.5, rounds=3, every=2, scope='global')
+    Trainer(m, Data('d', x, y, x, y), batch_size=32, device='cpu', callbacks=[c]).fit(4)
+    assert sum(m.sizes()['hidden_sizes']) == 30

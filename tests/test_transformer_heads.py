@@ -166,6 +166,12 @@ def test_importance_finds_the_silent_head():
     with pytest.raises(ValueError, match='batches'): head_importance(m, 'taylor')
     with pytest.raises(ValueError, match='norm'): head_importance(m, 'norms')
 
+def test_frozen_attention_has_an_importance():
+    m, batches = small(), [(tokens(), tokens().roll(-1, 1))]
+    a = head_importance(m, 'taylor', batches)
+    m.blocks[0].attn.requires_grad_(False)
+    assert head_importance(m, 'taylor', batches) == a and not m.blocks[0].attn.proj.weight.requires_grad
+
 def test_weak_heads_leave_one():
     rows = Table(dict(layer=i, head=j, importance=v) for i, vs in enumerate(([1., .1, .2], [.05, .04, .03])) for j, v in enumerate(vs))
     assert weak_heads(rows, .5) == [(0, 2), (0, 1), (1, 2), (1, 1)] and weak_heads(rows, .5, 1) == [(1, 2)] and weak_heads(rows, 0.) == []
