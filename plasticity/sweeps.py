@@ -111,7 +111,7 @@ def sweep(
     strict:bool=True # raise at the end if runs failed; else they are rows with an error
 )->Table: # one row for each configuration, in their order
     """Run what has not been run.
-    Raises: SweepError once all the others are done"""
+    Raises: SweepError once all the others are done; ValueError for a folder with another function's results"""
     if engine not in ENGINES: raise ValueError(f'engine: got {engine!r}{did_you_mean(engine, ENGINES)}')
     for name, v, least in (('members', members, 1), ('retries', retries, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{name}: got {v!r}, takes an integer from {least}')
@@ -131,6 +131,12 @@ def _named(fn):
     if not name: raise ValueError(f"fn: got {fn!r}, takes a function or 'module:name'")
     return getattr(importlib.import_module(module), name)
 
+def _called(fn):
+    "'module:name' of a function; a script is the module that it would be"
+    fn = fn.func if isinstance(fn, partial) else fn
+    module = Path(getattr(sys.modules['__main__'], '__file__', '__main__')).stem if fn.__module__ == '__main__' else fn.__module__
+    return f"{module}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
+
 class Sweep:
     "What is to be run, and what becomes of it"
     def __init__(self, configs, fn, folder, members=1, retries=2, on_result=None):
@@ -143,7 +149,11 @@ class Sweep:
 
     def tasks(self)->list: # of lists of configurations
         "What is left, in tasks"
-        left = {config_key(c): c for c in self.configs if not self.file(c).exists()}
+        left, mine = {}, _called(self.fn)
+        for c in self.configs:
+            if not (path := self.file(c)).exists(): left[config_key(c)] = c
+            elif (of := json.loads(path.read_text())['about'].get('fn', mine)) != mine:
+                raise ValueError(f'folder: {self.folder} holds results of {of}, this is a sweep of {mine}; takes a folder of its own')
         groups, same = {}, getattr(self.fn, 'alike', None)
         for k, c in left.items(): groups.setdefault((same and self.members > 1 and same(c)) or k, []).append(c)
         return [g[i:i + self.members] for g in groups.values() for i in range(0, len(g), self.members)]
@@ -161,6 +171,10 @@ def work(
     else: results = [fn(configs[0])]
     for r in results:
         if not isinstance(r, dict): raise TypeError(f'fn: returned a {type(r).__name__}, a run returns a dict')
+        for k, v in r.items():
+            try: json.dumps({k: v})
+            except (TypeError, ValueError) as e:
+                raise TypeError(f'fn: returned {k!r} of type {type(v).__name__}, a run returns what JSON holds') from e
     return dict(results=results, seconds=time.perf_counter() - start, host=socket.gethostname())
 
 # %% ../nbs/22a_sweeps.ipynb #2da5bef7
@@ -168,7 +182,7 @@ def _done(self, task, out):
     "Write what came in"
     for c, result in zip(task, out['results'], strict=True):
         tries = self.tries.get(config_key(c), 0) + 1
-        about = dict(seconds=round(out['seconds']/len(task), 4), members=len(task), tries=tries, host=out['host'])
+        about = dict(fn=_called(self.fn), seconds=round(out['seconds']/len(task), 4), members=len(task), tries=tries, host=out['host'])
         write_atomic(self.file(c), json.dumps(dict(config=c, result=result, about=about), indent=1) + '\n')
         self.file(c).with_suffix('.failed').unlink(missing_ok=True)
         if self.on_result: self.on_result(c, result)
@@ -209,7 +223,9 @@ def read_sweep(
     for c in configs:
         key = config_key(c)
         path, bad, row = folder/f'{key}.json', folder/f'{key}.failed', dict(key=key, state='waiting', **_flat(c))
-        if path.exists(): row |= dict(state='done', **(r := load(path))['result'], seconds=r['about']['seconds'])
+        if path.exists():
+            row |= (r := load(path))['result'] | dict(key=key, state='done')
+            row.setdefault('seconds', r['about']['seconds'])
         elif bad.exists(): row |= dict(state='failed', error=load(bad)['error'])
         rows.append(row)
     plain = {k for r in rows for k in r if len({json.dumps(q.get(k)) for q in rows}) > 1 or '.' not in k}
@@ -265,17 +281,22 @@ def run_experiment(
 def line_configs(
     *words # of the command line, values separated by commas for several runs
 )->list: # of configurations, as config.json holds them
-    "The runs that a line means"
+    """The runs that a line means.
+    Raises: ConfigError for a wrong word"""
     from hydra import compose, initialize
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from plasticity import experiments
     words = experiments._expand(list(words))
     experiments._parse(words)
     experiments._store()
     def each(o): return [f'{o.get_key_element()}={v}' for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
     def plain(line):
-        with initialize(version_base='1.3', config_path=None): cfg = compose('config', overrides=line, return_hydra_config=True)
+        try:
+            with initialize(version_base='1.3', config_path=None): cfg = compose('config', overrides=line, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as e: raise experiments.ConfigError(experiments.explain(e, line)) from e
         choices = dict(cfg.hydra.runtime.choices)
         return experiments.plain_config(OmegaConf.masked_copy(cfg, [k for k in cfg if k != 'hydra']), choices)
     return [plain(list(line)) for line in itertools.product(*map(each, OverridesParser.create().parse_overrides(words)))]
@@ -299,11 +320,15 @@ def main():
     p.add_argument('--address', help='of a Ray cluster')
     p.add_argument('--gpus', type=float, default=0, help='of each run, for Ray')
     a, words = p.parse_known_args()
-    print(sweep_line(*words, engine=a.engine, folder=a.folder, address=a.address, resources=dict(num_gpus=a.gpus) if a.gpus else None))
+    from plasticity.experiments import ConfigError
+    try: print(sweep_line(*words, engine=a.engine, folder=a.folder, address=a.address, resources=dict(num_gpus=a.gpus) if a.gpus else None))
+    except ConfigError as e: p.exit(2, f'plasticity.sweeps: {e}\n')
 
 # %% ../nbs/22a_sweeps.ipynb #67650a1e
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals(): main()  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
+    from plasticity.sweeps import main as command # so that results are of plasticity.sweeps, not of this file
+    command()
 
 # %% ../nbs/22a_sweeps.ipynb #2566f213
 DAY = 86_400

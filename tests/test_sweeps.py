@@ -1,8 +1,11 @@
 "Sweeps: nothing twice, nothing lost. The Ray test plays two machines on one; PLASTICITY_SWEEP_RUNS=200 is its full size."
 import json, os, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,17 +41,43 @@ def test_once_each_and_resumed(tmp_path):
     assert [r['y'] for r in sorted(read_sweep(tmp_path), key=lambda r: r['x.'] if 'x.' in r else r['y'])] == [1, 4, 9]
 
 def test_failures(tmp_path):
-    tries = []
+    tries, mended = [], []
     def shaky(config):
         tries.append(config['x'])
-        if config['x'] == 1 or tries.count(config['x']) < 3 and config['x'] == 2: raise ValueError('no luck')
+        if config['x'] == 1 and not mended or tries.count(config['x']) < 3 and config['x'] == 2: raise ValueError('no luck')
         return square(config)
     configs = [dict(x=i) for i in range(4)]
     with pytest.raises(SweepError, match=r'1 of 4 runs failed.*ValueError: no luck'): sweep(configs, shaky, tmp_path)
     assert tries.count(1) == 3 and tries.count(2) == 3 and tries.count(3) == 1
-    rows = sweep(configs, square, tmp_path, strict=False)
+    mended.append(True)
+    rows = sweep(configs, shaky, tmp_path, strict=False)
     assert rows.column('state') == ['done']*4 and not list(tmp_path.glob('*.failed'))
     assert json.loads((tmp_path/f'{config_key(configs[2])}.json').read_text())['about']['tries'] == 3
+
+def test_another_functions_results_are_not_taken(tmp_path):
+    configs = [dict(x=i) for i in range(3)]
+    def cube(config): return dict(y=config['x']**3)
+    sweep(configs, square, tmp_path)
+    says = r'folder: .* holds results of test_sweeps:square, .* test_sweeps:.*cube'
+    with pytest.raises(ValueError, match=says): sweep(configs, cube, tmp_path)
+    with pytest.raises(ValueError, match='folder: '): sweep([*configs, dict(x=9)], partial(cube), tmp_path)
+    assert sweep(configs, 'test_sweeps:square', tmp_path).column('y') == sweep(configs, partial(square), tmp_path).column('y') == [0, 1, 4]
+    for p in tmp_path.glob('*.json'): # as written before functions were noted
+        told = json.loads(p.read_text())
+        del told['about']['fn']
+        p.write_text(json.dumps(told))
+    assert sweep(configs, cube, tmp_path).column('y') == [0, 1, 4]
+
+def test_a_result_that_json_cannot_hold_fails_alone(tmp_path):
+    def run(config): return dict(good=1, loss=[np.float32(.5), torch.tensor(.5), .5][config['x']])
+    rows = sweep([dict(x=i) for i in range(3)], run, tmp_path, strict=False, retries=0)
+    assert rows.column('state') == ['failed', 'failed', 'done'] and rows[2]['loss'] == .5
+    for r, kind in zip(rows, ('float32', 'Tensor'), strict=False): assert f"TypeError: fn: returned 'loss' of type {kind}" in r['error']
+
+def test_results_named_as_the_columns(tmp_path):
+    rows = sweep([dict(x=1)], lambda c: dict(seconds=-1., state='on', key='k', y=2), tmp_path, retries=0)
+    assert rows == read_sweep(tmp_path) and rows[0] == dict(key=config_key(dict(x=1)), state='done', seconds=-1., y=2)
+    assert list(sweep([dict(x=1)], square, tmp_path/'plain')[0]) == ['key', 'state', 'y', 'seconds']
 
 def test_one_bad_member_does_not_take_the_others(tmp_path):
     def run(config): return dict(y=1/config['training']['seed'])
@@ -88,6 +117,19 @@ def test_command_line(tmp_path):
     key = config_key(configs[0])
     assert (tmp_path/key/'report.html').exists() and (tmp_path/key/'checkpoint.json').exists()
     assert run_experiment(configs[0], str(tmp_path/key))['test_loss'] == rows[0]['test_loss'] # goes on from the end: the same
+
+@pytest.mark.parametrize('word, says', [('optimizer.lrr=1', "optimizer.lrr: no such option; did you mean 'optimizer.lr'"),
+                                        ('model=mlpp', "model: no 'mlpp'; did you mean 'mlp'"),
+                                        ('training.epochs=x', "training.epochs: got 'x'")])
+def test_a_wrong_word_gets_one_line(word, says, monkeypatch, capsys):
+    from plasticity import experiments as ex
+    from plasticity import sweeps
+    with pytest.raises(ex.ConfigError, match=says): line_configs('training=standard', 'training.seed=1,2', word)
+    for main, name, flags in ((sweeps.main, 'plasticity.sweeps', ()), (ex.main, 'plasticity', ('--engine', 'local'))):
+        monkeypatch.setattr(sys, 'argv', [name, *flags, 'training=standard', 'training.seed=1,2', word])
+        with pytest.raises(SystemExit) as e: main()
+        said = capsys.readouterr()
+        assert e.value.code == 2 and said.err.startswith(f'{name}: {says}') and said.err.count('\n') == 1 and not said.out
 
 DRIVER = '''
 import os, signal, sys
