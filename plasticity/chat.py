@@ -20,7 +20,6 @@ from .quantization import fake_quantize, weights
 from .results import did_you_mean, method
 from .text import get_tokenizer
 from .transformer import load_language_model, save_language_model
-from .units import EditError
 
 # %% ../nbs/18_chat.ipynb #67eb7bcf
 KNOBS = dict(temp=('temperature', float, 'below 1 safer, above 1 wilder, 0 the likeliest always'),
@@ -125,7 +124,7 @@ def turn(self,
         try: v = kind(value)
         except ValueError: raise ValueError(f'{name}: got {value!r}, takes {"a number" if kind is float else "a whole number"}') from None
         new[key] = None if (key, v) in (('top_k', 0), ('top_p', 1.)) else v
-    if new['n'] < 1: raise ValueError(f"length: got {new['n']}, takes 1 or more")
+    if not 1 <= new['n'] <= 10**6: raise ValueError(f"length: got {new['n']}, takes 1 to 1,000,000")
     list(stream(self.model, [[0]], 0, **{k: v for k, v in new.items() if k not in ('n', 'stop')}))  # complains about what it cannot take
     self.knobs = new
     self.tell(' '.join(f'{n}={new[k]}' for n, (k, *_) in KNOBS.items() if new[k] not in (None, '')), 'dim')
@@ -159,6 +158,7 @@ def prune(self, *words):
     "/prune 3: the three weakest heads; /prune 0.1 2.0: these"
     which = Numbers(words)
     which = which or self.weakest(which.count or 1)
+    if not which: self.tell('no head can go: each layer has one left', 'dim'); return
     before = num_parameters(self.model)
     self.heads.prune(which, self.example())
     self.past.append(('prune', self.heads.undo))
@@ -242,7 +242,7 @@ def say(self,
         elif words := read_words(word): self.turn(words)
         elif word: self.answer(line)
         elif self.text: self.answer(self.text)
-    except (ValueError, TypeError, EditError, OSError) as e: self.tell(' '.join(str(e).split()), 'red')
+    except (ValueError, TypeError, RuntimeError, MemoryError, OSError) as e: self.tell(' '.join(str(e).split()) or type(e).__name__, 'red')
     return True
 
 @method(Chat)
@@ -289,6 +289,7 @@ def prompt(console):
 def talk(self):
     "Read lines until they end: from a terminal with a prompt, from a pipe without"
     sign = prompt(self.console) if sys.stdin.isatty() else None
+    if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace') # bytes that are no letters
     while True:
         try: line = next(sys.stdin).rstrip('\n') if sign is None else input(sign)
         except StopIteration: break

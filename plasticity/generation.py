@@ -62,7 +62,9 @@ def drawn(
 # %% ../nbs/17c_generation.ipynb #342058aa
 def _filled(prompts, room, device):
     "Prompts of several lengths as one tensor, their latest tokens, filling in front"
-    rows = [torch.as_tensor(p, dtype=torch.long).reshape(-1)[-room:] for p in prompts]
+    rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+    if any(r.dim() == 0 for r in rows): raise ValueError('prompts: got single tokens, takes a list of tokens for each text, as [[1, 2, 3]]')
+    rows = [r.reshape(-1)[-room:] for r in rows]
     if not rows or not all(len(r) for r in rows): raise ValueError('prompts: got an empty one, takes at least one token each')
     width = max(map(len, rows))
     pad = torch.tensor([width - len(r) for r in rows])
@@ -111,7 +113,7 @@ def generate(
     prompts, # texts, or lists of tokens; one or several
     n:int=100, # tokens to write at most
     tokenizer=None, # for texts: with `encode` and `decode`
-    stop=(), # strings, or lists of tokens, that end a text; they are left out
+    stop=(), # strings (lists of tokens if no tokenizer) that end a text; they are left out
     **options # of `stream`: temperature, top_k, top_p, repetition_penalty, seed, cache
 ): # for texts: what follows each; else lists of tokens
     "Continue texts"
@@ -120,6 +122,9 @@ def generate(
     if tokenizer is None and any(isinstance(p, str) for p in prompts): raise ValueError('tokenizer: got None, takes one for texts')
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     stop, words = [stop] if isinstance(stop, str) else list(stop), tokenizer is not None
+    for s in stop:
+        if isinstance(s, str if words else (list, tuple)): continue
+        raise ValueError(f"stop: got {s!r}, takes {'strings' if words else 'lists of tokens; strings take a tokenizer'}")
     out, ended = [[] for _ in ids], [None]*len(ids)
     for tokens in stream(model, ids, n, **options):
         for i, t in enumerate(tokens.tolist()):

@@ -87,8 +87,19 @@ def test_weakest_leave_one_head_a_layer():
     said(c, '/prune 99')
     assert c.model.heads == [1, 1] and said(c, 'hi')
 
-@pytest.mark.parametrize('line', ['temp=hot', 'temp=-1', 'top_p=0', 'top_k=-3', 'length=0', 'tmep=1', '/prune x', '/prune 0.7',
-                                  '/prune 9.0', '/regrow 0.0',
+def test_where_no_head_can_go_nothing_is_done():
+    c = chat()
+    said(c, '/prune 99', '/undo', '/prune 99')
+    assert len(c.past) == 1 and 'no head can go' in said(c, '/prune') and len(c.past) == 1
+
+def test_a_want_of_memory_costs_a_line(monkeypatch):
+    c = chat()
+    def broken(*args): raise RuntimeError('not enough memory')
+    monkeypatch.setattr(c, 'answer', broken)
+    assert 'memory' in said(c, 'hello')
+
+@pytest.mark.parametrize('line', ['temp=hot', 'temp=-1', 'top_p=0', 'top_k=-3', 'length=0', 'length=1000000000000', 'tmep=1', '/prune x',
+                                  '/prune 0.7', '/prune 9.0', '/regrow 0.0',
                                   '/nothing', '/prune 0', '/regrow 0', '/quantize a', '/quantize 1', '/save', '/quantize 1 2 3', '/'])
 def test_mistakes_cost_a_line(line):
     c = chat()
@@ -140,6 +151,11 @@ def test_in_a_pipe(tmp_path):
     done = subprocess.run(run_of(tmp_path), input='length=5\nhello\n/heads\n/quit\nnever', capture_output=True, text=True, timeout=90)
     assert done.returncode == 0 and 'layer  1' in done.stdout and 'never' not in done.stdout and 'Traceback' not in done.stderr
     assert '\x1b[' not in done.stdout and '> ' not in done.stdout
+
+def test_bytes_that_are_no_letters_in_a_pipe(tmp_path):
+    env = os.environ | dict(PYTHONUTF8='1')
+    done = subprocess.run(run_of(tmp_path), input=b'length=5\nh\xff\xfeo\n/heads\n', capture_output=True, timeout=90, env=env)
+    assert done.returncode == 0 and b'layer  1' in done.stdout and b'Traceback' not in done.stderr
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs signals')
 def test_ctrl_c_in_a_pipe(tmp_path):

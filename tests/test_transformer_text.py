@@ -136,3 +136,13 @@ def test_wrong_knobs(options):
 def test_wrong_prompts():
     with pytest.raises(ValueError, match='prompts'): generate(model(), [[]], 3)
     with pytest.raises(ValueError, match='tokenizer'): generate(model(), 'hello', 3)
+    for one in ([1, 2, 3], torch.tensor([1, 2, 3])):
+        with pytest.raises(ValueError, match='prompts: got single tokens'): generate(model(), one, 3)
+    assert len(generate(model(), torch.tensor([[1, 2], [3, 4]]), 3)) == len(generate(model(), [torch.tensor([[1, 2]])]*2, 3)) == 2
+
+def test_wrong_stops():
+    for stop in ('ab', ['ab'], [7]):
+        with pytest.raises(ValueError, match='^stop: got .* takes lists of tokens'): generate(model(), [[1]], 3, stop=stop)
+    with pytest.raises(ValueError, match='^stop: got .* takes strings'): generate(model(), 'a', 3, Bytes(), stop=[[1, 2]])
+    free = generate(model(), [[1]], 9)[0]
+    assert generate(model(), [[1]], 9, stop=[free[3:5]])[0] == free[:stopped(free, [free[3:5]])]
