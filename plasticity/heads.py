@@ -279,6 +279,11 @@ class HeadPruning(Scheduled):
     def load_state_dict(self, state): super().load_state_dict(state); self.alive, self.diary = state['alive'], state['diary']
 
     def propose(self, trainer):
+        now = trainer.model.heads
+        if list(map(len, self.alive)) != now: # by another edit; the layers that it changed are numbered anew
+            have = [*self.alive, *[[]]*len(now)]
+            self.alive = [a if len(a) == n else list(range(n)) for a, n in zip(have, now, strict=False)]
+            self.note(trainer)
         rows = head_importance(trainer.model, self.how, [(trainer.x, trainer.y)])
         self.gone = weak_heads(rows, self.ratio, self.at_most)
         return [Prune(f'blocks.{i}.attn.heads', [h]) for i, h in self.gone]

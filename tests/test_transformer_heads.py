@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from plasticity.edits import Deepen, Prune, Widen
 from plasticity.generation import generate
 from plasticity.heads import HeadPruning, Heads, grow_language_model, head_importance, weak_heads
 from plasticity.models import make_model
 from plasticity.results import Table
+from plasticity.schedules import Schedule, Scheduled
 from plasticity.text import Bytes, TextData
 from plasticity.training import Trainer
 from plasticity.transformer import load_language_model, token_loss
@@ -175,6 +177,17 @@ def test_frozen_attention_has_an_importance():
 def test_weak_heads_leave_one():
     rows = Table(dict(layer=i, head=j, importance=v) for i, vs in enumerate(([1., .1, .2], [.05, .04, .03])) for j, v in enumerate(vs))
     assert weak_heads(rows, .5) == [(0, 2), (0, 1), (1, 2), (1, 1)] and weak_heads(rows, .5, 1) == [(1, 2)] and weak_heads(rows, 0.) == []
+
+def test_heads_are_pruned_beside_other_edits_of_heads():
+    text = torch.randint(40, (2000,), generator=torch.Generator().manual_seed(0))
+    model = make_model('gpt', 16, 256, seed=0, hidden_size=16, num_layers=2, num_heads=4)
+    grow = Scheduled(Schedule(4, limit=1), lambda t: [Widen('blocks.0.attn.heads', 2), Deepen('blocks.1', kind='block')])
+    thin = Scheduled(Schedule(6, limit=1), lambda t: Prune('blocks.1.attn.heads', [0]))
+    p = HeadPruning(5, .99, at_most=1)
+    data = TextData('noise', text[:1500], text[1500:], Bytes(), 16)
+    Trainer(model, data, batch_size=8, device='cpu', callbacks=[grow, thin, p]).fit(steps=15)
+    assert len(p.events) == 3 and list(map(len, p.alive)) == model.heads and len(model.heads) == 3
+    assert [list(map(len, r['alive'])) for r in p.diary][:2] == [[4, 4], [6, 4, 4]] and p.diary[-1]['alive'] == p.alive
 
 def test_pruning_run_resumes(tmp_path):
     text = torch.randint(40, (2000,), generator=torch.Generator().manual_seed(0))
