@@ -352,12 +352,12 @@ def _compensated(model, g, maps, index, mean):
         for t, d in maps:
             module, leaf = owner(model, t)
             if (t, d) not in g.consumers or leaf != 'weight' or getattr(module, 'bias', None) is None or d != 1: continue
-            w = module.weight.data.index_select(1, maps[t, d][index].reshape(-1).to(module.weight.device)).float()
-            usual = torch.tensor(mean, device=w.device).repeat_interleave(maps[t, d].shape[1])
+            w = module.weight.data.index_select(1, maps[t, d][index].reshape(-1).to(module.weight.device)).cpu().double()
+            usual = torch.tensor(mean, dtype=torch.float64).repeat_interleave(maps[t, d].shape[1])
             add = (w.flatten(2).sum(2) if w.dim() > 2 else w) @ usual
             name = t[:-len('weight')] + 'bias'
             out.append(dict(op='write', tensor=name, dim=0, at=torch.arange(len(add)),
-                            value=(module.bias.data.float() + add).to(module.bias.dtype)))
+                            value=(module.bias.data.cpu().double() + add).to(module.bias.dtype)))
         return out
     return ops
 

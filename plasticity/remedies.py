@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from .member_optimizers import hashed_normal
-from .replacement import Remedy, UnitRemedy, per_member, sites, wide
+from .replacement import Remedy, UnitRemedy, in_range, per_member, sites, spread, wide
 from .results import did_you_mean, generator, method
 from .surgery import MOMENTS
 from .tensors import find
-from .training import OPTIMIZERS, Callback
+from .training import OPTIMIZERS, Callback, evaluating
 
 # %% ../nbs/12_remedies.ipynb #b1e79719
 UTILITIES = ('contribution', 'adaptable')
@@ -57,16 +57,19 @@ class ContinualBackprop(UnitRemedy):
         if utility not in UTILITIES: raise ValueError(f'utility: got {utility!r}{did_you_mean(utility, UTILITIES)}')
         super().__init__(every, groups, **options)
         if self.every == 'task': raise ValueError("every: got 'task', takes a number of steps: the rate is per step")
+        in_range('rate', rate, 0, 1, '0 to 1')
+        in_range('maturity', maturity)
+        in_range('decay', decay, 0, 1, '0 to 1')
         self.rate, self.maturity, self.decay, self.utility = rate, maturity, decay, utility
 
     def settings(self, n):
         "Which members take part"
         self.each_rate = rate = per_member('rate', self.rate, n)
-        if not 0 <= rate.min() <= rate.max() <= 1: raise ValueError(f'rate: got {self.rate}, takes 0 to 1')
         self.most = rate.max().item()
         return rate > 0
 
     def look(self, h): return h if self.utility == 'adaptable' else UnitRemedy.look(self, h)
+    def joined(self, pieces, rows): return torch.cat(pieces, 1) if self.utility == 'adaptable' else UnitRemedy.joined(self, pieces, rows)
 
 # %% ../nbs/12_remedies.ipynb #764d8a32
 @method(ContinualBackprop)
@@ -136,6 +139,8 @@ class ReDo(UnitRemedy):
         **options # of `UnitRemedy`: examples, like, seed
     ):
         super().__init__(every, groups, **options)
+        in_range('threshold', threshold, -math.inf, takes='a number')
+        in_range('decay', decay, 0, 1, '0 to 1')
         self.threshold, self.decay = threshold, decay
 
     def settings(self, n):
@@ -174,19 +179,20 @@ class ShrinkPerturb(Remedy):
         seed:int=None # of the noise; None: the trainer's, or the members' own
     ):
         super().__init__(every, seed)
+        in_range('shrink', shrink)
+        in_range('noise', noise)
         self.shrink, self.noise = shrink, noise
 
     def settings(self, n):
         "Which members take part"
         self.each_shrink, self.each_noise = per_member('shrink', self.shrink, n), per_member('noise', self.noise, n)
-        if self.each_shrink.min() < 0: raise ValueError(f'shrink: got {self.shrink}, takes 0 or more')
         return (self.each_shrink != 1) | (self.each_noise > 0)
 
     def start(self, device):
         self.held = self.acts = torch.zeros((), dtype=torch.int64, device=device) if self.held is None else self.held.to(device)
     def tensors(self): return dict(acts=dict(acts=self.acts))
     def state_dict(self): return dict(acts=self.held, count=self.count)
-    def load_state_dict(self, state): self.held, self.count = state['acts'], state['count']
+    def load_state_dict(self, state): self.model, self.held, self.count = None, state['acts'], state['count']
 
     @torch.no_grad()
     def act(self):
@@ -196,18 +202,21 @@ class ShrinkPerturb(Remedy):
         sizes = [v[0].numel() for v in parts]
         for v, z in zip(parts, hashed_normal(self.keys, self.acts, (sum(sizes),)).split(sizes, 1), strict=True):
             v.mul_(wide(self.each_shrink.to(v.dtype), v.ndim)).add_((z*self.each_noise.float()[:, None]).view(v.shape).to(v.dtype))
+        for m in self.net.modules():                                                         # noise makes no links
+            if (there := getattr(m, 'present', None)) is not None and there.shape == m.values.shape: m.values.data.masked_fill_(~there, 0)
         self.acts += 1
 
 # %% ../nbs/12_remedies.ipynb #13e5b66e
 class Pull(Callback):
     "Adds something to the gradients, just before the optimizer's step"
     order = 20
-    hook = None
+    hook = model = None
     def before_fit(self, trainer): self.attach(trainer.model, trainer.optimizer)
     def after_fit(self, trainer): self.detach()
     def attach(self, model, optimizer):
         "Begin"
         self.detach()
+        if self.model not in (None, model): self.forget_all()
         if hasattr(optimizer, 'SETTINGS'): self.set_members(optimizer); return self
         self.model = model
         self.start(model)
@@ -220,7 +229,6 @@ class Pull(Callback):
     def join(self, optimizer, option, factor=1.):
         "Add the strength of each member to a setting of their optimizer, once"
         n, new = optimizer.n, per_member('strength', self.strength, optimizer.n)*factor
-        if new.min() < 0: raise ValueError(f'strength: got {self.strength}, takes 0 or more')
         pulls = optimizer.__dict__.setdefault('pulls', {})
         pulls[option, id(self)] = self, new
         for g in optimizer.param_groups:
@@ -229,6 +237,7 @@ class Pull(Callback):
             g[option] = v[0].item() if (v == v[0]).all() else v
     def set_members(self, optimizer):
         raise ValueError(f'model: got a population; {type(self).__name__} takes one network')
+    def forget_all(self): "Nothing of another network"
     def start(self, model): "Look at the network before the first step"
     def after_step(self, trainer=None, steps=1): "All is done inside the step"
 
@@ -238,7 +247,11 @@ class L2Init(Pull):
     Source: Kumar et al. 2023, arXiv 2308.11958, section 3"""
     def __init__(self,
         strength:float=1e-3 # lambda; or one for each member
-    ): self.strength, self.home = strength, None
+    ):
+        in_range('strength', strength)
+        self.strength, self.home = strength, None
+
+    def forget_all(self): self.home = None
 
     def start(self, model):
         now = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
@@ -259,7 +272,7 @@ class L2Init(Pull):
         self.join(optimizer, 'l2_init', 2.)
 
     def state_dict(self): return dict(home=self.home)
-    def load_state_dict(self, state): self.home = state['home']
+    def load_state_dict(self, state): self.model, self.home = None, state['home']
 
 # %% ../nbs/12_remedies.ipynb #5f5a9bfd
 class WeightDecay(Pull):
@@ -268,7 +281,9 @@ class WeightDecay(Pull):
     def __init__(self,
         strength:float=1e-3, # lambda; or one for each member
         decoupled:bool=True # shrink the weights themselves, or add to the gradient
-    ): self.strength, self.decoupled = strength, decoupled
+    ):
+        in_range('strength', strength)
+        self.strength, self.decoupled = strength, decoupled
 
     @torch.no_grad()
     def pull(self, optimizer, args, kwargs):
@@ -288,10 +303,13 @@ class WeightDecay(Pull):
 
 # %% ../nbs/12_remedies.ipynb #12195414
 def plain_layers(net): # [(weight name, bias name or None)]
-    "The linear and convolution layers of a network"
+    """The linear and convolution layers of a network.
+    Raises: ValueError where there is none"""
     kinds = nn.Linear, nn.modules.conv._ConvNd
-    return [(f'{k}.weight'.lstrip('.'), f'{k}.bias'.lstrip('.') if m.bias is not None else None)
-            for k, m in net.named_modules() if isinstance(m, kinds)]
+    out = [(f'{k}.weight'.lstrip('.'), f'{k}.bias'.lstrip('.') if m.bias is not None else None)
+           for k, m in net.named_modules() if isinstance(m, kinds)]
+    if not out: raise ValueError(f'model: this {type(net).__name__} has no linear or convolution layer')
+    return out
 
 class SpectralRegularization(Pull):
     """Keep the largest singular value of every weight near one: the loss plus strength * sum of (s^power - 1)^2 + |bias|^2.
@@ -300,12 +318,17 @@ class SpectralRegularization(Pull):
         strength:float=1e-3, # lambda
         power:int=2, # of the singular value
         iterations:int=1 # of the power method at each step
-    ): self.strength, self.power, self.iterations, self.vectors = strength, power, iterations, {}
+    ):
+        in_range('strength', strength)
+        for k, v in dict(power=power, iterations=iterations).items(): in_range(k, v, 1, takes='1 or more')
+        self.strength, self.power, self.iterations, self.vectors = strength, power, iterations, {}
 
+    def forget_all(self): self.vectors = {}
+    def fits(self, w, p): return w in self.vectors and len(self.vectors[w]) == p[0].numel()
     def start(self, model):
         for j, (w, _) in enumerate(plain_layers(model)):
             p = find(model, w)
-            if w in self.vectors: self.vectors[w] = self.vectors[w].to(p.device); continue
+            if self.fits(w, p): self.vectors[w] = self.vectors[w].to(p.device); continue
             self.vectors[w] = torch.randn(p[0].numel(), generator=generator(0, 'spectral', j)).to(p)
 
     @torch.no_grad()
@@ -314,6 +337,7 @@ class SpectralRegularization(Pull):
         for w, b in plain_layers(self.model):
             p, k = find(self.model, w), self.power
             if p.grad is None: continue
+            if not self.fits(w, p): self.start(self.model)                                   # an edit changed the width
             s, u, v = self.largest(p.flatten(1), self.vectors[w])
             self.vectors[w] = v
             p.grad.add_((u[:, None]*v).view_as(p)*(2*self.strength*k*(s**k - 1)*s**(k - 1)))
@@ -327,7 +351,7 @@ class SpectralRegularization(Pull):
         return u @ w @ v, u, v
 
     def state_dict(self): return dict(vectors=self.vectors)
-    def load_state_dict(self, state): self.vectors = state['vectors']
+    def load_state_dict(self, state): self.model, self.vectors = None, state['vectors']
 
 # %% ../nbs/12_remedies.ipynb #c2904473
 class WeightClip(Remedy):
@@ -338,19 +362,18 @@ class WeightClip(Remedy):
         every:int=1 # steps
     ):
         super().__init__(every)
+        in_range('bound', bound, 1e-300, takes='more than 0')
         self.bound = bound
 
     def settings(self, n):
         "Which members take part"
         self.each_bound = per_member('bound', self.bound, n)
-        if not self.each_bound.min() > 0: raise ValueError(f'bound: got {self.bound}, takes more than 0')
         return self.each_bound < math.inf
 
     def start(self, device):
         self.limits = {k: v.to(device) for k, v in (self.held or {}).items()}
         for w, b in plain_layers(self.net) if not self.limits else ():
-            v = self.get(w).flatten(1)
-            self.limits[w] = v.std(1)*math.sqrt(3)                                           # a uniform's limit from its spread
+            self.limits[w] = spread(self.get(w))*math.sqrt(3)                                # a uniform's limit from its spread
             if b: self.limits[b] = self.limits[w]
         self.held = self.limits
 
@@ -363,7 +386,7 @@ class WeightClip(Remedy):
             t.clamp_(-limit, limit)
 
     def state_dict(self): return dict(limits=self.held)
-    def load_state_dict(self, state): self.held = state['limits']
+    def load_state_dict(self, state): self.model, self.held = None, state['limits']
 
 # %% ../nbs/12_remedies.ipynb #5c61acc0
 class HareTortoise(Remedy):
@@ -384,17 +407,24 @@ class HareTortoise(Remedy):
         self.held = self.tortoise
     def tensors(self): return dict(tortoise=self.tortoise)
 
+    def pairs(self):
+        "Both animals' tensors; where an edit changed a shape, they start together"
+        for k in self.tortoise:
+            hare = self.get(k)
+            if self.tortoise[k].shape != hare.shape: self.tortoise[k] = hare.clone()
+            yield self.tortoise[k], hare
+
     def observe(self):
         "The tortoise follows"
-        for k, v in self.tortoise.items(): v.lerp_(self.get(k), 1 - self.decay)
+        for tortoise, hare in self.pairs(): tortoise.lerp_(hare, 1 - self.decay)
 
     @torch.no_grad()
     def act(self):
         "The hare goes back"
-        for k, v in self.tortoise.items(): self.get(k).copy_(v)
+        for tortoise, hare in self.pairs(): hare.copy_(tortoise)
 
     def state_dict(self): return dict(tortoise=self.held, count=self.count)
-    def load_state_dict(self, state): self.held, self.count = state['tortoise'], state['count']
+    def load_state_dict(self, state): self.model, self.held, self.count = None, state['tortoise'], state['count']
 
 # %% ../nbs/12_remedies.ipynb #3c1e6a0b
 class HeadReset(Remedy):
@@ -411,9 +441,9 @@ class HeadReset(Remedy):
     def settings(self, n): return torch.ones(n, dtype=torch.bool)
     def start(self, device):
         names = [w[:-7] for w, _ in plain_layers(self.net)]
-        self.layer = self.layer or ('head' if 'head' in names else names[-1])
-        if self.layer not in names: raise ValueError(f'layer: got {self.layer!r}{did_you_mean(self.layer, names)}')
-        self.names = [n for w in plain_layers(self.net) if w[0][:-7] == self.layer for n in w if n]
+        layer = self.layer or ('head' if 'head' in names else names[-1])
+        if layer not in names: raise ValueError(f'layer: got {layer!r}{did_you_mean(layer, names)}')
+        self.names = [n for w in plain_layers(self.net) if w[0][:-7] == layer for n in w if n]
         first, acts = self.held or ({k: self.get(k).clone() for k in self.names}, torch.zeros((), dtype=torch.int64))
         self.held = self.first, self.acts = {k: v.to(device) for k, v in first.items()}, acts.to(device)
     def tensors(self): return dict(acts=dict(acts=self.acts))
@@ -423,15 +453,15 @@ class HeadReset(Remedy):
         "Draw the weight as spread as it was at the start, put the bias back"
         for k in self.names:
             t, first = self.get(k), self.first[k]
-            z = hashed_normal(self.keys, self.acts, t.shape[1:])*wide(first.flatten(1).std(1), t.ndim) if t.ndim > 2 else first
-            t.copy_(z)
+            drawn = t.ndim > 2 and first[0].numel() > 1                                      # one weight alone has no spread
+            t.copy_(hashed_normal(self.keys, self.acts, t.shape[1:])*wide(first.flatten(1).std(1), t.ndim) if drawn else first)
             p = find(self.net, k)
             for name, v in self.optimizer.state[p].items():
                 if name != 'start' and v.shape == p.shape: (v[self.part] if self.members else v).zero_()
         self.acts += 1
 
     def state_dict(self): return dict(held=self.held, count=self.count)
-    def load_state_dict(self, state): self.held, self.count = state['held'], state['count']
+    def load_state_dict(self, state): self.model, self.held, self.count = None, state['held'], state['count']
 
 # %% ../nbs/12_remedies.ipynb #bba03e63
 class SelfNormalizedResets(UnitRemedy):
@@ -448,12 +478,14 @@ class SelfNormalizedResets(UnitRemedy):
         **options # of `UnitRemedy`: examples, like, seed
     ):
         super().__init__(every, groups, **options)
+        in_range('level', level, 0, 1 - 1e-12, '0 to 1')
+        for k, v in dict(least=least, most=most).items(): in_range(k, v)
+        in_range('window', window, 1, takes='1 or more')
         self.level, self.least, self.most, self.window = level, least, most, window
 
     def settings(self, n):
         "Which members take part"
         self.each_level = per_member('level', self.level, n)
-        if not 0 <= self.each_level.min() <= self.each_level.max() < 1: raise ValueError(f'level: got {self.level}, takes 0 to 1')
         return self.each_level > 0
 
     def look(self, h): return (h > 0).any(0)[None].float() # (1, features)
@@ -488,7 +520,8 @@ class UPGD(torch.optim.Optimizer):
         noise:float=1e-3, # standard deviation of the perturbation
         weight_decay:float=0. # pull towards zero, as a factor 1 - lr * weight_decay
     ):
-        if noise < 0: raise ValueError(f'noise: got {noise}, takes 0 or more')
+        for k, v in dict(lr=lr, noise=noise, weight_decay=weight_decay).items(): in_range(k, v)
+        in_range('decay', decay, 0, 1 - 1e-12, '0 to less than 1')
         super().__init__(params, dict(lr=lr, decay=decay, noise=noise, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -502,6 +535,7 @@ class UPGD(torch.optim.Optimizer):
             state['utility'].lerp_(-p.grad*p, 1 - g['decay'])
         useful = [state['utility']/(1 - g['decay']**state['step']) for _, g, state in live]
         top = torch.stack([u.max() for u in useful]).max() if live else None
+        if live: top = torch.where(top == 0, 1., top)                                        # before any weight is useful, all are alike
         for (p, g, _), u in zip(live, useful, strict=True):
             spared = torch.sigmoid(u/top)
             p.mul_(1 - g['lr']*g['weight_decay'])
@@ -539,23 +573,31 @@ def concat_relu(
 ) -> nn.Module: # the model, changed in place
     """Replace each such ReLU by a CReLU, and double what reads it; make the optimizer afterwards.
     Raises: ValueError where there is none"""
-    model.eval()
-    order, done = called(model, examples), 0
-    for s in sites(model, examples):
-        maker, reader = s.maker.removesuffix('.weight'), s.reader.removesuffix('.weight')
-        between = [k for k in order[order.index(maker):order.index(reader)] if isinstance(model.get_submodule(k), nn.ReLU)]
-        if len(between) != 1 or len(s.reads) != 1: continue
-        layer = model.get_submodule(reader)
-        w, dim = layer.weight.data, -1 if isinstance(model.get_submodule(maker), nn.Linear) else 1
-        extra = torch.randn(w.shape, generator=generator(seed, 'crelu', s.name)).to(w)*w.std()
-        layer.weight = nn.Parameter(torch.cat([w, extra], 1)*.5**.5)
-        for k in ('in_features', 'in_channels'):
-            if hasattr(layer, k): setattr(layer, k, layer.weight.shape[1])
-        model.set_submodule(between[0], CReLU(dim))
-        done += 1
-    if not done: raise ValueError(f'model: no ReLU of this {type(model).__name__} stands between a maker of units and their one reader')
-    with torch.no_grad(): model(examples)
+    with evaluating(model):
+        order, done = called(model, examples), 0
+        for s in sites(model, examples):
+            maker, reader = s.maker.removesuffix('.weight'), s.reader.removesuffix('.weight')
+            relu = _relu_between(model, order, maker, reader)
+            if relu is None or len(s.reads) != 1: continue
+            layer = model.get_submodule(reader)
+            w, dim = layer.weight.data, -1 if isinstance(model.get_submodule(maker), nn.Linear) else 1
+            extra = torch.randn(w.shape, generator=generator(seed, 'crelu', s.name)).to(w)*w.std()
+            layer.weight = nn.Parameter(torch.cat([w, extra], 1)*.5**.5)
+            for k in ('in_features', 'in_channels'):
+                if hasattr(layer, k): setattr(layer, k, layer.weight.shape[1])
+            model.set_submodule(relu, CReLU(dim))
+            done += 1
+        if not done:
+            raise ValueError(f"model: no ReLU of this {type(model).__name__} stands, at work once, between a maker of units and one reader")
+        model(examples)
     return model.train()
+
+def _relu_between(model, order, maker, reader):
+    "The one ReLU between two layers; None where it is at work twice, or a layer follows it"
+    between = order[order.index(maker) + 1:order.index(reader)]
+    found = [k for k in between if isinstance(model.get_submodule(k), nn.ReLU)]
+    if len(found) != 1 or order.count(found[0]) != 1: return None
+    return None if any(True for k in between[between.index(found[0]):] for _ in model.get_submodule(k).parameters()) else found[0]
 
 # %% ../nbs/12_remedies.ipynb #08b17352
 class Switch(nn.Module):

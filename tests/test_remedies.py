@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plasticity.data import get_data
+from plasticity.data import Data, get_data
+from plasticity.edits import Widen
 from plasticity.models import CNN, MLP, ResNet, ViT
 from plasticity.population import Population, Step, member_optimizer, own_orders
 from plasticity.remedies import (REMEDIES, UPGD, ContinualBackprop, CReLU, HareTortoise, HeadReset, L2Init, ReDo, SelfNormalizedResets,
@@ -15,7 +16,9 @@ from plasticity.remedies import (REMEDIES, UPGD, ContinualBackprop, CReLU, HareT
                                  switch_norm, unit_utility)
 from plasticity.replacement import Replace, sites
 from plasticity.results import seeded
-from plasticity.training import Trainer, make_optimizer
+from plasticity.sparse import random_layer
+from plasticity.training import Callback, Trainer, make_optimizer
+from plasticity.units import units
 
 DIGITS = get_data('digits')
 
@@ -486,3 +489,136 @@ def test_what_is_owed_adds_up(rate, units, steps):
         assert (due >= 0).all()
         done = done + due
     assert ((done - rate*units*steps).abs() <= 1).all()
+
+# ------------------------------------------------------------------ what was found in use
+
+def two(a=64, b=10):
+    "A plain network of two layers"
+    with seeded(0, 'model'): return nn.Sequential(nn.Flatten(), nn.Linear(a, 8), nn.ReLU(), nn.Linear(8, b))
+
+def test_upgd_before_any_weight_is_useful():
+    "Zero gradients or zero weights have no utility: every weight takes half a step, none becomes NaN"
+    for zero in (True, False):
+        m, x = two(), torch.randn(4, 64)
+        if zero: nn.init.zeros_(m[3].weight); nn.init.zeros_(m[3].bias)
+        opt, before = UPGD(m.parameters(), lr=.1, noise=0.), [p.detach().clone() for p in m.parameters()]
+        (F.cross_entropy(m(x), torch.arange(4))*zero).backward()
+        opt.step()
+        assert all(p.isfinite().all() for p in m.parameters())
+        if zero: assert torch.allclose(m[3].bias, before[3] - .1*.5*m[3].bias.grad)
+
+@pytest.mark.parametrize('name', REMEDIES)
+def test_a_second_network_starts_anew(name):
+    "A remedy that has served one network does for the next, of another shape or of the same, what a new one does"
+    options = dict(every=5) if name in ('redo', 'snr', 'hare_tortoise', 'head_reset') else {}
+    if name == 'continual_backprop': options = dict(rate=.1, maturity=3)
+    used = make_remedy(name, **options)
+    trained(net(0, (8, 8)), used, steps=12)
+    for seed, widths in ((1, (8, 8)), (2, (6,))):
+        a, b = net(seed, widths), net(seed, widths)
+        trained(a, used, steps=12); trained(b, make_remedy(name, **options), steps=12)
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+def test_layers_that_start_at_zero_or_have_one_weight():
+    "Their limits and draws are those of PyTorch's own start"
+    m = two()
+    nn.init.zeros_(m[3].weight)
+    clip = WeightClip()
+    trained(m, clip, steps=20, lr=1.)
+    assert torch.allclose(clip.limits['3.weight'], torch.tensor(8**-.5))
+    assert math.isclose(m[3].weight.abs().max().item(), 2*8**-.5, rel_tol=1e-5)
+    x = torch.randn(32, 1, generator=torch.Generator().manual_seed(0))
+    data = Data('line', x, x, x, x)
+    for remedy in (WeightClip(), HeadReset(every=2), ReDo(threshold=1., every=3), ContinualBackprop(rate=.5, maturity=1)):
+        m = nn.Sequential(nn.Linear(1, 1), nn.LeakyReLU(), nn.Linear(1, 1))
+        Trainer(m, data, 'sgd', batch_size=8, callbacks=[remedy], eval_every=0, device='cpu').fit(3)
+        assert all(p.isfinite().all() for p in m.parameters()), remedy
+    m, head = two(), HeadReset(every=100)
+    nn.init.zeros_(m[3].weight)
+    trained(m, head, steps=5); head.m and head.act()
+    assert m[3].weight.abs().max() == 0                                 # it started at zero
+
+def test_noise_makes_no_links():
+    m = random_layer(64, 10, .7)
+    trained(nn.Sequential(nn.Flatten(), m), ShrinkPerturb(noise=.1), steps=3)
+    assert m.full and m.matrix()[~m.mask()].abs().sum() == 0 < m.matrix()[m.mask()].abs().min()
+    members = Population(lambda: nn.Sequential(nn.Flatten(), random_layer(64, 10, .7)), 2)
+    Trainer(members, DIGITS, callbacks=[ShrinkPerturb(noise=.1)], eval_every=0, device='cpu').fit(steps=3)
+    assert all((s[1].matrix()[~s[1].mask()] == 0).all() for s in members)
+
+@pytest.mark.parametrize('make', [lambda: ReDo(every=1000), lambda: SelfNormalizedResets(every=1000), lambda: ContinualBackprop(rate=1e-6),
+                                  lambda: ContinualBackprop(rate=1e-6, utility='adaptable')])
+def test_accumulated_pieces_are_seen_together(make):
+    "With accumulate=4 (pieces of 8, 8, 8 and 6 samples) a remedy sees the whole batch"
+    whole, pieces = make(), make()
+    for r, n in ((whole, 1), (pieces, 4)):
+        trained(net(), r, steps=3, optimizer='sgd', lr=0., batch_size=30, accumulate=n)
+    for name, s in whole.state.items():
+        for k, v in s.items(): assert torch.allclose(v.float(), pieces.state[name][k].float(), rtol=1e-4, atol=1e-6), k
+    pop, many = Population(net, seeds=[0]), make()
+    Trainer(pop, own_orders(DIGITS, pop), 'sgd', lr=0., batch_size=30, accumulate=4, callbacks=[many], eval_every=0,
+            device='cpu').fit(steps=3)
+    one = make()
+    trained(pop.member(0), one, steps=3, optimizer='sgd', lr=0., batch_size=30, accumulate=4)
+    assert all(torch.equal(v, one.state[name][k]) for name, s in many.state.items() for k, v in s.items())
+
+def test_several_units_due_at_once_bit_for_bit():
+    "What several replaced units gave is added to the next bias in one rounding, alone and in a population"
+    pop = Population(lambda: MLP(DIGITS.shape, 10, (32, 32)), seeds=[4])
+    Trainer(pop, own_orders(DIGITS, pop), lr=1e-2, batch_size=32, callbacks=[ContinualBackprop(rate=.2, maturity=5)], eval_every=0,
+            device='cpu').fit(steps=30)
+    m, cb = net(4, (32, 32)), ContinualBackprop(rate=.2, maturity=5)
+    trained(m, cb, seed=4, steps=30)
+    assert max(len(r['units']) for r in cb.log) > 4
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters(), pop.member(0).parameters(), strict=True))
+
+class Widened(Callback):
+    order = 30
+    def after_step(self, trainer):
+        if trainer.step != 3: return
+        trainer.loss, trainer.logits = trainer.loss.detach(), trainer.logits.detach()
+        x = DIGITS.normalize(DIGITS.x_train[:2])
+        Widen(units(trainer.model, x)[0].name, 3).apply(trainer.model, trainer.optimizer, x)
+
+@pytest.mark.parametrize('name', REMEDIES)
+def test_an_edit_may_change_a_width(name):
+    m = two()
+    r = make_remedy(name, **(dict(every=2) if name in ('redo', 'snr', 'hare_tortoise', 'head_reset') else {}))
+    trained(m, r, Widened(), steps=8)
+    assert m[1].out_features == 11 and all(p.isfinite().all() for p in m.parameters())
+    if name == 'hare_tortoise': assert {k: v[0].shape for k, v in r.tortoise.items()} == {k: p.shape for k, p in m.named_parameters()}
+
+def test_concat_relu_leaves_alone_what_it_cannot_change():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.act = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3), nn.ReLU()
+        def forward(self, x): return self.c(self.act(self.b(self.act(self.a(x)))))
+    m, x = Shared(), torch.randn(3, 6)
+    before = m(x)
+    with pytest.raises(ValueError, match='at work once'): concat_relu(m, x)
+    assert torch.equal(m(x), before) and m.training
+    m = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert [i for i, k in enumerate(concat_relu(m, x)) if isinstance(k, CReLU)] == [4] and m(x).shape == (3, 3)
+
+def test_models_without_plain_layers_are_refused():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(64, 10))
+        def forward(self, x): return x.flatten(1) @ self.w
+    for name in ('spectral', 'weight_clip', 'head_reset'):
+        with pytest.raises(ValueError, match='this Bare has no linear or convolution layer'): trained(Bare(), make_remedy(name), steps=1)
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: L2Init(-1.), 'strength: got -1.0, takes 0 or more'), (lambda: WeightDecay(-1.), 'strength'),
+    (lambda: WeightClip(0.), 'more than 0'),
+    (lambda: SpectralRegularization(-1.), 'strength'), (lambda: SpectralRegularization(iterations=0), 'iterations: got 0, takes 1 or more'),
+    (lambda: ShrinkPerturb(shrink=-.1), 'shrink: got -0.1, takes 0 or more'), (lambda: ShrinkPerturb(noise=-1.), 'noise'),
+    (lambda: ContinualBackprop(rate=-1.), 'rate: got -1.0, takes 0 to 1'), (lambda: ContinualBackprop(decay=2.), 'decay'),
+    (lambda: ReDo(decay=1.5), 'decay: got 1.5'), (lambda: ReDo(threshold=math.nan), 'threshold'),
+    (lambda: SelfNormalizedResets(level=1.), 'level: got 1.0, takes 0 to 1'), (lambda: SelfNormalizedResets(window=0), 'window'),
+    (lambda: UPGD(two().parameters(), lr=-1.), 'lr'), (lambda: UPGD(two().parameters(), decay=1.), 'decay'),
+    (lambda: UPGD(two().parameters(), weight_decay=-1.), 'weight_decay: got -1.0, takes 0 or more')])
+def test_settings_are_checked_where_they_are_given(make, message):
+    with pytest.raises(ValueError, match=message): make()
