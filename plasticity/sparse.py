@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'DENSE_PRODUCT', 'PORTION', 'MODES', 'DENSE_FROM', 'FULL_FRO
 
 # %% ../nbs/13d_sparse.ipynb #706b022b
 import time, warnings
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,10 @@ def choose_mode(
     return 'csr' if CSR.get(kind) else 'gather'
 
 # %% ../nbs/13d_sparse.ipynb #a142ff83
+def _exact(t):
+    "Within, no automatic mixed precision: the kernels take one dtype"
+    return torch.autocast(t.device.type, enabled=False) if torch.is_autocast_enabled(t.device.type) else nullcontext()
+
 class _Linked(torch.autograd.Function):
     "y = W x for the links of a compact layer, on (features, samples)"
     @staticmethod
@@ -140,6 +145,10 @@ class _Linked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
+        with _exact(g): return _Linked.gradients(ctx, g)
+
+    @staticmethod
+    def gradients(ctx, g):
         h, values = ctx.saved_tensors
         i, g, gh, gv = ctx.index, g.contiguous(), None, None
         if ctx.mode == 'dense':
@@ -297,7 +306,8 @@ def product(self,
 ) -> torch.Tensor: # (outputs, samples), without biases
     "The links at work"
     if self.full: return self.weight(True) @ h
-    return _Linked.apply(h.to(self.values.dtype).contiguous(), self.values, self, self.running if self.n_links else 'gather')
+    h = h.to(self.values.dtype).contiguous()
+    with _exact(h): return _Linked.apply(h, self.values, self, self.running if self.n_links else 'gather')
 
 @method(SparseLinear)
 def weight(self,
@@ -323,7 +333,7 @@ def cleared(
     if a is None or a.is_floating_point() and a.dtype != g.dtype:
         many = int(present.sum()) < LISTED*len(present)
         index['absent'] = a = present.view_as(g).to(g.dtype) if many else (~present).nonzero()[:, 0]
-        if g.device.type == 'cpu': _look_after(index['values'], present)
+        _look_after(index['values'], present)
     if a.is_floating_point(): return g.mul_(a)
     return g.reshape(-1).index_fill_(0, a, 0).view_as(g)
 
@@ -333,9 +343,9 @@ STIR = 256 # steps from one time to the next
 _partial = WeakTensorKeyDictionary() # values of full layers with absent links -> [present, steps, whose state it was]
 
 def _look_after(
-    values, present # (outputs*inputs,) of a full layer on a CPU
+    values, present # (outputs*inputs,) of a full layer
 ):
-    "Keep the second moments of absent links from zero"
+    "Keep noise from absent links, and on a CPU their second moments from zero"
     if not _hooked: _hooked.append(register_optimizer_step_post_hook(_stir))
     _partial[values] = [present, 0, None]
 
@@ -344,7 +354,8 @@ _hooked = []
 @torch.no_grad()
 def _stir(optimizer, args, kwargs):
     for v, kept in list(_partial.items()):
-        if v not in optimizer.state: continue
+        if any(g.get('noise') and any(v is p for p in g['params']) for g in optimizer.param_groups): v.data.masked_fill_(~kept[0], 0)
+        if v not in optimizer.state or v.device.type != 'cpu': continue
         state, (present, steps, whose) = optimizer.state[v], kept
         kept[1:] = (1, id(state)) if whose != id(state) else (steps + 1, whose)
         if kept[1] % STIR != 1: continue

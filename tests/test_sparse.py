@@ -6,9 +6,11 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 from plasticity.edits import edit, load_record, replay
+from plasticity.remedies import UPGD
 from plasticity.sparse import (FULL_FROM, MODES, SparseLinear, choose_mode, draw_places, from_dense, measure_modes, random_layer,
                                random_places)
 from plasticity.sparse_network import MinimalNetwork, Sprout
+from plasticity.training import NoisySGD
 import plasticity.sparse as sparse_module
 
 def masked(layer, x):
@@ -313,3 +315,34 @@ def test_a_matrix_written_anew_between_forward_and_backward_is_no_matter():
     with torch.no_grad(): assert not torch.allclose(net(x), y)
     v.div_(2); (y*t).sum().backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(want, (p for p in net.parameters() if p.grad is not None), strict=True))
+
+@pytest.mark.parametrize('mode', ['auto', *MODES])
+@pytest.mark.parametrize('density', [.2, .5, .7, 1.])
+def test_mixed_precision(mode, density):
+    "Under autocast every way to compute gives the same outputs and gradients, to bf16's precision; backward within it or after it"
+    for within in (False, True):
+        layer = random_layer(12, 9, density, mode=mode)
+        x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        dense, x2 = layer.to_dense(), x.detach().clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = layer(x)
+            if within: y.square().sum().backward()
+        if not within: y.square().sum().backward()
+        z = dense(x2); z.square().sum().backward()
+        assert torch.allclose(y.float(), z, atol=.05) and torch.allclose(x.grad, x2.grad, atol=.3)
+        got = layer.values.grad.view(9, 12)[layer.mask()] if layer.full else layer.values.grad
+        assert torch.allclose(got, dense.weight.grad[layer.mask()], atol=.3)
+        net, plain = MinimalNetwork([12, 8, 6, 3], density, mode=mode), x.detach()
+        want = net(plain)
+        with torch.autocast('cpu', torch.bfloat16):
+            got = net(plain)
+            got.float().square().sum().backward()
+        assert torch.allclose(got.float(), want, atol=.05) and all(m.values.grad.isfinite().all() for m in net.links.values() if m.n_links)
+
+@pytest.mark.parametrize('make', [lambda p: NoisySGD(p, lr=.1, noise=.5), lambda p: UPGD(p, lr=.1, noise=.1)])
+def test_noise_of_an_optimizer_makes_no_links(make):
+    for layer in (random_layer(20, 10, .7), random_layer(20, 10, .95)):
+        opt, x = make(layer.parameters()), torch.randn(8, 20)
+        for _ in range(3):
+            opt.zero_grad(); layer(x).square().sum().backward(); opt.step()
+        assert layer.full and (layer.matrix()[~layer.mask()] == 0).all() and (layer.matrix()[layer.mask()] != 0).all()
