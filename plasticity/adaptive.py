@@ -20,7 +20,7 @@ from .edits import Deepen, Prune
 from .growing import STARTS, Expandable, grow, read_file
 from .models import MLP
 from .policies import _answer
-from .pruning import Masks, importance, macs, prune_units, weak_units # noqa: F401 this page's names too
+from .pruning import NORMS, Masks, importance, macs, prune_units, weak_units # noqa: F401 this page's names too
 from .quantization import (FakeQuantize, fake_quantize, latencies, load_quantized, quantized, # noqa: F401 this page's names too
                                      save_quantized)
 from .removal import RemoveLayer, affine_fit, removable
@@ -43,8 +43,9 @@ def parity_start(
     """Write parity into a network; units beyond the bits are not read.
     Raises: ValueError for a network of another form"""
     body, made = network.body, network.layers[0].made if network.layers else None
-    if len(network.layers) != 1 or body.head.weight.shape[0] != 2 or not isinstance(body.layers[0].act, nn.ReLU):
-        raise ValueError('network: parity takes one hidden layer of ReLU units and two outputs')
+    fits = len(network.layers) == 1 and body.head.weight.shape[0] == 2 and isinstance(body.layers[0].act, nn.ReLU)
+    if not fits or None in (body.head.bias, network.layers[0].module.bias) or any(isinstance(m, NORMS) for m in body.modules()):
+        raise ValueError('network: parity takes one hidden layer of ReLU units and two outputs, with biases and without norms')
     units, bits = made.shape
     if units < bits: raise ValueError(f'network: got {units} hidden units for {bits} bits, takes at least as many')
     k = torch.arange(units, dtype=made.dtype, device=made.device)
@@ -366,6 +367,8 @@ def adaptive(experiment,
 ):
     "Train a network that grows, prunes and quantizes on schedules"
     e = experiment
+    if own := dict(gpt='language', vae='vae').get(name := e.choice('model')):
+        raise ValueError(f"training: 'adaptive' takes a classifier, got model={name}, which takes training={own}")
     with seeded(seed, 'model'): e.model = _network(e, skip, random_start, seed)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, augment=not no_augment)
     grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0

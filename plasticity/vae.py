@@ -7,7 +7,7 @@ __all__ = ['AdaptiveVAE', 'WidenLatent', 'grow', 'known', 'channel_stats', 'inac
            'Idle', 'Diary', 'adaptation', 'vae_trainer', 'vae', 'vae_training', 'pictures_of', 'load_state_dict']
 
 # %% ../nbs/19_vae.ipynb #ac7a2199
-import copy
+import copy, math
 from dataclasses import dataclass
 
 import torch
@@ -346,7 +346,15 @@ def pictures_of(
 # %% ../nbs/19_vae.ipynb #aafb88f3
 @method(AdaptiveVAE)
 def load_state_dict(self, state, strict=True, assign=False):
-    "Take over a state, and its sizes"
+    """Take over a state, and its sizes.
+    Raises: RuntimeError for a state of another network; nothing has changed then"""
+    own = self.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) if strict else []
+    wrong += [k for k, v in own.items() if k in state and state[k].dim() != v.dim()]
+    if wrong: raise RuntimeError(f"state: of another network; it differs in {', '.join(wrong[:3])}")
+    now, places = {**own, **state}, math.prod(self.first.conv.unflattened_size[1:])
+    if now['out.bias'].shape != self.in_shape[:1] or len(now['spread.bias']) != places*len(now['first.norm.bias']):
+        raise RuntimeError(f'state: of an autoencoder of other images; this one takes {self.in_shape}')
     for path, m in self.named_modules():
         for k, t in [*m._parameters.items(), *m._buffers.items()]:
             new = state.get(f'{path}.{k}'.strip('.'))

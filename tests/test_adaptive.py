@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, adaptation, parity_network
+from plasticity.adaptive import AdaptiveMLP, AffineLayers, FullLayers, IdleUnits, WeakUnits, adaptation, parity_network, parity_start
 from plasticity.data import Data, get_data
 from plasticity.edits import load_record, replay
 from plasticity.growing import grow
@@ -242,3 +242,16 @@ def test_a_layer_of_one_unit_goes_and_comes_back_in_training(optimizer):
     step()
     record = net.remove_layer(0, x); assert net.get_layer_sizes() == [4]; step()
     replay(net, record.inverse(), opt); assert net.get_layer_sizes() == [1, 4]; step()
+
+@pytest.mark.parametrize('options', [dict(normalization='layer'), dict(normalization='batch'), dict(bias=False), dict(activation='tanh')])
+def test_parity_is_not_written_into_another_form(options):
+    net = AdaptiveMLP(4, 2, (6,), seed=0, **options)
+    old = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match='^network: parity takes'): parity_start(net)
+    assert all(torch.equal(v, old[k]) for k, v in net.state_dict().items())
+
+@pytest.mark.parametrize(('words', 'own'), [(['model=gpt', 'dataset=text'], 'language'), (['model=vae', 'dataset=digits'], 'vae')])
+def test_what_has_its_own_training_is_told_so(tmp_path, words, own):
+    from plasticity.experiments import run_line
+    with pytest.raises(ValueError, match=f'training: .adaptive.*training={own}'):
+        run_line('training=adaptive', *words, f'hydra.run.dir={tmp_path}/run', 'device=cpu', 'logging.progress=false', 'dryrun=true')

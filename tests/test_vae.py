@@ -344,6 +344,21 @@ def test_any_trainer_takes_it():
     assert 'accuracy' not in t.history[-1] and math.isfinite(t.history[-1]['loss'])
     assert copy.deepcopy(m).latent_dim == 3
 
+@pytest.mark.parametrize('other', [
+    lambda: AdaptiveVAE((3, 64, 64), (4, 6), 3).state_dict(), lambda: AdaptiveVAE((1, 20, 28), (4, 6), 3).state_dict(),
+    lambda: AdaptiveVAE((1, 28, 28), (4, 6, 6), 3).state_dict(), lambda: nn.Linear(3, 4).state_dict(),
+    lambda: {k: v for k, v in AdaptiveVAE((1, 28, 28), (5, 9), 5).state_dict().items() if k != 'mu.bias'},
+    lambda: AdaptiveVAE((1, 28, 28), (5, 9), 5).state_dict() | {'mu.weight': torch.zeros(5)}])
+def test_a_state_of_another_network_is_refused_and_changes_nothing(other):
+    model, _, x = made(channels=(4, 6), latent=3)
+    model.eval()
+    with torch.no_grad(): y = model(x)
+    with pytest.raises(RuntimeError, match='^state: of a'): model.load_state_dict(other())
+    with torch.no_grad(): assert torch.equal(model(x), y) and model.latent_dim == 3
+    grown = AdaptiveVAE((1, 28, 28), (5, 9), 7)
+    model.load_state_dict(grown.state_dict())
+    with torch.no_grad(): assert model.latent_dim == 7 and torch.equal(model(x), grown.eval()(x))
+
 # --- the command line
 
 def test_command_line(tmp_path, monkeypatch):
