@@ -287,7 +287,10 @@ class Record(Callback):
         "All metrics of all layers on the probe batch"
         probe = trainer.data.probe(self.size, seed=self.experiment.seed)
         at = dict(step=trainer.step, epoch=trainer.epoch, task=trainer.task)
-        rows = [at | r for r in report(trainer.model, probe, options=self.thresholds)]
+        try: rows = [at | r for r in report(trainer.model, probe, options=self.thresholds)]
+        except ValueError as e:
+            if 'NaN or infinite' not in str(e): raise
+            return warnings.warn(f'not measured at step {trainer.step}: {e}', stacklevel=2)
         self.layers += rows
         self.append('layer', rows)
         trainer.call('on_report', rows)

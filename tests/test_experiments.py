@@ -169,6 +169,13 @@ def test_thresholds_reach_the_metrics(tmp_path):
     mean = lambda rows: np.mean([r['value'] for r in rows if r['metric'] == 'duplicate_fraction'])
     assert mean(loose) > mean(strict)
 
+def test_a_run_that_diverges_has_a_report(tmp_path):
+    words = 'optimizer=sgd', 'optimizer.lr=1e30', 'model.hidden_sizes=[8]', 'model.activation=linear'
+    with pytest.warns(UserWarning, match='not measured at step .*NaN or infinite'): folder = run(*words, folder=tmp_path/'r')
+    config, history, layers = ex.read_run(folder)
+    assert np.isnan(history[-1]['loss']) and {r['step'] for r in layers} == {0}
+    assert (folder/'report.html').exists() and (folder/'topology.json').exists()
+
 def test_read_run_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='not a run'): ex.read_run(tmp_path)
 
