@@ -67,8 +67,8 @@ def before_fit(self, trainer):
 
 @method(Distributed)
 def moving(self):
-    "The running averages of batch norms that see a rank's rows only"
-    norms = [m for m in self.trainer.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    "The running averages of batch and instance norms that see a rank's rows only"
+    norms = [m for m in self.trainer.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
              and m.training and not isinstance(m, nn.SyncBatchNorm)]
     return [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
 
@@ -351,7 +351,11 @@ def agree(self,
     low, high = sums.clone(), sums.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN); dist.all_reduce(high, dist.ReduceOp.MAX)
     off = (low != high).nonzero()[:, 0].tolist()
-    if off: raise Disagreement(f'{when}: {len(off)} of {len(named)} tensors differ between ranks, the first is {list(named)[off[0]]!r}')
+    if not off: return
+    first = list(named)[off[0]]
+    buffer = first in dict(t.model.named_buffers())
+    why = '; a buffer that training changes sees each rank\'s rows: keep it in a norm, or say check=False' if buffer else ''
+    raise Disagreement(f'{when}: {len(off)} of {len(named)} tensors differ between ranks, the first is {first!r}{why}')
 
 # %% ../nbs/22_scale.ipynb #b803fe7b
 @method(Distributed)

@@ -197,6 +197,32 @@ def drifted():
 def test_drift_is_found():
     with pytest.raises(RuntimeError, match=r"Disagreement: after epoch 1: .*'head.bias'"): on_ranks(drifted, timeout=WAIT)
 
+class Centred(nn.Linear):
+    "Takes off the running mean of its inputs"
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer('middle', torch.zeros(sizes[0]))
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training: self.middle.mul_(.9).add_(.1*x.detach().mean(0))
+        return super().forward(x - self.middle)
+
+def centred(check=True): return rows(trained(Centred(64, 10), 1, distributed=dict(check=check)))
+
+def test_a_buffer_of_each_rank_is_told_of():
+    with pytest.raises(RuntimeError, match=r"Disagreement: after epoch 1: .*'middle'; a buffer .* check=False"):
+        on_ranks(centred, timeout=WAIT)
+    assert on_ranks(centred, False, timeout=WAIT)
+
+def instance_normed():
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    return rows(trained(net, 1)), norm.running_mean.tolist()
+
+def test_instance_norm_with_running_averages():
+    (history, mean), (one, alone) = on_ranks(instance_normed, timeout=WAIT), instance_normed()
+    assert gap(history, one) < .01 and any(alone) and apart(mean, alone) < .05
+
 def normed(): # batch norm over shares: not the numbers of one process, equal on all ranks; dropout differs between ranks
     def make(): return make_model('mlp', DATA.shape, 10, hidden_sizes=(16,), normalization='batch', dropout=.2, seed=0)
     a, b = trained(make()), trained(make())
