@@ -94,6 +94,7 @@ def _older(optimizer, group, params):
     for s in states: s['age'] = s['age'].float() if s['age'].element_size() < 4 else s['age'] # bfloat16 knows neither .999 nor 257
     ages, last = [s['age'] for s in states], steps_to_age(optimizer, group)
     for name, power, key, divides in aged(optimizer):
+        if not decay(group, key): continue # no average, no bias
         beta, kept = float(decay(group, key)), [s[name] for s in states]
         share = torch._foreach_add(ages, 1.)
         share = torch._foreach_pow(beta, share)

@@ -17,7 +17,7 @@ from .depth import deeper, twin_attention # noqa: F401 this page's name too
 from .links import link_layers
 from .records import EditRecord, load_record, replay # noqa: F401 this page's names too
 from .results import did_you_mean, generator, method
-from .sessions import EDITS, Edit, Plan, edit # noqa: F401 this page's names too
+from .sessions import EDITS, Edit, Plan, _name, edit # noqa: F401 this page's names too
 from .starts import (ROWWISE, chain, directions, follow, fresh_like, fresh_tensors, indices, numbers, regroup, shares, sources,
                                spread)
 from .surgery import Surgeon
@@ -255,7 +255,12 @@ class Clone(Edit):
             session.group(0, 'nothing')
             chosen = [g for g in session.base if 'clone' not in g.blocked and g.axis != 'head_dim']
         else: chosen = self.given if isinstance(self.given, (list, tuple)) else [self.given]
-        found = [session.group(g, 'clone') for g in _apart(chosen, session)]
+        if self.given is not None: session.group(chosen[0], 'clone') # so that names are known
+        apart = _apart(chosen, session)
+        if self.given is not None and len(apart) < len(chosen):
+            lost = next(_name(g) for g in chosen if g not in apart)
+            raise ValueError(f'group: {lost!r} shares places with another group of the list; clone it in an edit of its own')
+        found = [session.group(g, 'clone') for g in apart]
         return copied(session, [(g, maps, n, [u for u in range(n) for _ in range(self.factor - 1)]) for g, maps, n in found], self.split)
 
 def _apart(chosen, session):

@@ -28,7 +28,7 @@ EDITS = {} # name -> class of edit
 def _plain(v):
     "A field as JSON holds it"
     if isinstance(v, (torch.Tensor, np.ndarray)): return v.tolist()
-    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
+    if isinstance(v, (list, tuple, range, set, frozenset)): return [_plain(x) for x in v]
     return v.item() if isinstance(v, np.generic) else v
 
 def _name(group):
@@ -131,6 +131,14 @@ def group(self,
         raise getattr(plasticity.units, error)(f'{verb} {g.name}: {reason}')
     return g, maps, n
 
+def _carried(positions, order):
+    "All places of each unit after a dimension was reordered, copied or cut by another group"
+    unit = torch.full((int(max(order.max(), positions.max())) + 1,), -1, dtype=torch.long)
+    unit[positions] = torch.arange(len(positions))[:, None].expand_as(positions)
+    at = (unit[order] >= 0).nonzero()[:, 0]
+    at = at[torch.sort(unit[order[at]], stable=True).indices]
+    return at.view(len(positions), -1) if len(at) % len(positions) == 0 else follow(positions, order)
+
 def _alike(a, b): # two groups with the same positions
     return a.maps.keys() == b.maps.keys() and all(torch.equal(v, b.maps[k]) for k, v in a.maps.items())
 
@@ -147,7 +155,7 @@ def moved(self, key, order, but=()):
     for g in [*self.base, *self.base.fixed]:
         if key not in g.maps or g in but: continue
         maps = self.now.setdefault(id(g), [dict(g.maps), g.n])[0]
-        maps[key] = follow(maps[key], order)
+        maps[key] = _carried(maps[key], order)
 
 # %% ../nbs/07i_sessions.ipynb #8614edc9
 @method(edit)

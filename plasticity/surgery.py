@@ -267,7 +267,7 @@ def run(self, op:dict):
     kind = op['op']
     if kind not in OPS: raise ValueError(f'op: got {kind!r}{did_you_mean(kind, OPS)}')
     self.extra = {}
-    inverse = OPS[kind](self, **{k: v for k, v in op.items() if k != 'op'})
+    with torch.inference_mode(False), torch.no_grad(): inverse = OPS[kind](self, **{k: v for k, v in op.items() if k != 'op'})
     self.ops.append(op | self.extra); self.undo.extend(inverse)
 
 OPS = {} # name -> function of a surgeon and the operation's fields that returns the inverse operations

@@ -72,8 +72,9 @@ def held(
 )->bool:
     "Whether some autograd graph still holds this parameter"
     if not (t.requires_grad and t.is_leaf): return False
-    torch.autograd.graph.get_gradient_edge(t).node.metadata['plasticity'] = True
-    return 'plasticity' in torch.autograd.graph.get_gradient_edge(t).node.metadata
+    with torch.inference_mode(False):
+        torch.autograd.graph.get_gradient_edge(t).node.metadata['plasticity'] = True
+        return 'plasticity' in torch.autograd.graph.get_gradient_edge(t).node.metadata
 
 def _saved(node):
     "'freed' or 'kept' for a node that saves tensors for its backward, None for one that saves none"
@@ -100,7 +101,9 @@ def no_waiting_graph(
 ):
     """Make sure that no backward is still to come through these parameters
 
-    Raises: LiveGraph where one is, naming a parameter."""
+    Raises: LiveGraph where one is, naming a parameter; ValueError for parameters that nothing can change."""
+    if fixed := next((n for n, t in named.items() if t.is_inference()), None):
+        raise ValueError(f'model: {fixed} was made in torch.inference_mode, where it cannot be changed; make the model outside of it')
     keep, names = {}, {}
     for n, t in named.items():
         if held(t):

@@ -37,15 +37,24 @@ def as_examples(
 def tensors_in(
     out, # what a model returned
     seen=None,
+    numbers=False # arrays and numbers too, as tensors
 )->list:
     "All tensors in a nested output, in order"
     seen = set() if seen is None else seen
     if isinstance(out, torch.Tensor): return [out]
-    if isinstance(out, (str, bytes, int, float, nn.Module)) or out is None or id(out) in seen: return []
+    if numbers and isinstance(out, np.ndarray) and out.dtype.kind in 'biufc': return [torch.as_tensor(out)]
+    if isinstance(out, (int, float, complex, np.number)): return [torch.as_tensor(np.asarray(out))] if numbers else []
+    if isinstance(out, (str, bytes, type, np.ndarray, nn.Module)) or out is None or id(out) in seen: return []
     seen.add(id(out))
     if isinstance(out, Mapping): inner = out.values()
-    else: inner = out if isinstance(out, (list, tuple)) else vars(out).values() if hasattr(out, '__dict__') else ()
-    return [t for v in inner for t in tensors_in(v, seen)]
+    else: inner = out if isinstance(out, (list, tuple)) else [*getattr(out, '__dict__', {}).values(), *_slots(out)]
+    return [t for v in inner for t in tensors_in(v, seen, numbers)]
+
+def _slots(obj):
+    "What an object without a dictionary holds"
+    kept = [c.__dict__.get('__slots__', ()) for c in type(obj).__mro__]
+    names = [k for ks in kept for k in ([ks] if isinstance(ks, str) else ks)]
+    return [getattr(obj, k) for k in names if hasattr(obj, k)]
 
 def _changed(value, fn):
     "A nested input with `fn` applied to its tensors"
@@ -160,12 +169,18 @@ def relative(
     return max(g / s if s else (float('inf') if g else 0.) for g, s in zip(gap, size, strict=True))
 
 def _seen(a, b):
-    "(whether inf and nan stand elsewhere, largest difference, largest value) of two tensors, on their device"
+    "(whether inf and nan stand elsewhere, difference and scale of the column that differs most) of two tensors, on their device"
     if a.device.type != 'mps' and not a.is_complex(): a, b = a.double(), b.double()
     usual = torch.isfinite(b)
     wrong = torch.where(usual, ~torch.isfinite(a), (a != b) & ~(a.isnan() & b.isnan())).any()
-    gap, size = (torch.where(usual, v, 0).abs().max() for v in (a - b, b))
-    return torch.stack([wrong.to(size.dtype), gap, size])
+    usual = usual & ((a != b) | (b.abs() < 1e4)) # -1e9 where a logit is masked is no scale for the others
+    gap, size = (torch.where(usual, v, 0).abs() for v in (a - b, b))
+    if b.dim() < 2: return torch.stack([wrong.to(size.dtype), gap.max(), size.max()])
+    gap, size = (v.movedim(1 if b.dim() in (4, 5) else -1, 0).flatten(1).amax(1) for v in (gap, size))
+    low = torch.where(size > 0, size, torch.inf).sort().values[len(size)//10] # a column may be near zero by chance
+    size = torch.where(low.isfinite(), size.clamp(min=low), size)
+    at = torch.where(gap > 0, gap/size, 0).argmax()
+    return torch.stack([wrong.to(size.dtype), gap[at], size[at]])
 
 def described(new, old):
     "How two outputs differ, in words"
@@ -238,10 +253,10 @@ def standing_in(values):
         for t, v, g in old: t.data = v; t.grad = g
 
 # %% ../nbs/07d_trial.ipynb #4eb6d4e3
-def reseed():
+def reseed(seed=0):
     "All generators that are in use at 0; `torch.manual_seed` asks every kind of device there is, which takes milliseconds"
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(0)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available(): torch.mps.manual_seed(0)
 
 class Trial:
@@ -253,28 +268,39 @@ class Trial:
     ):
         self.model, self.calls, self.given = model, as_examples(examples), tol
         self.dtype = self.tol = self.blind = None
-        self.branches, self.as_is, self.last = False, False, None
+        self.branches, self.as_is, self.last, self.shown = False, False, None, False
 
     @property
     def settled(self): return self.tol is not None
 
-    def once(self, branches=False, fn=lambda t: t.clone()): # the output tensors of every example
+    def once(self, branches=False, fn=lambda t: t.clone(), seed=0): # the output tensors of every example
         out = []
         for args, kwargs in self.calls:
             with quiet(self.model, branches):
-                reseed()
-                out += tensors_in(self.model(*_changed(args, fn), **_changed(kwargs, fn)))
+                reseed(seed)
+                out += tensors_in(self.model(*_changed(args, fn), **_changed(kwargs, fn)), numbers=True)
         return [t.detach() for t in out]
+
+    def fed(self, t): # an input in the precision of the trial
+        return t.to(self.dtype) if self.dtype and t.is_floating_point() else t.clone()
 
     def outputs(self, noise=0.): # of all modes
         g = generator(0, 'noise') if noise else None
         def fn(t):
-            if not t.is_floating_point(): return t.clone()
-            t = t.to(self.dtype) if self.dtype else t.clone()
-            return t * (1 + noise * torch.randn(t.shape, generator=g).to(t)) if noise else t
+            t = self.fed(t)
+            return t * (1 + noise * torch.randn(t.shape, generator=g).to(t)) if noise and t.is_floating_point() else t
         out = self.once(fn=fn)
         if not out: raise NotPreserved(f'{type(self.model).__name__} returned no tensor, so no edit of it can be tried')
-        return out + (self.once(True, fn) if self.branches else [])
+        if not noise and not self.shown: self._shows(out)
+        more = self.once(True, fn) if self.branches else []
+        return out + ([torch.zeros_like(t) for t in more] if self.branches == 'noise' else more)
+
+    def _shows(self, out):
+        "Refuse examples on which nothing can be seen"
+        real = [t for t in out if t.is_floating_point()]
+        if real and not any(bool(t.any()) for t in real):
+            raise NotPreserved('examples: the model gives nothing but zeros on them, so they do not show what an edit does; give others')
+        self.shown = True
 
     def __repr__(self): return f'Trial({type(self.model).__name__}, {len(self.calls)} examples, dtype {self.dtype}, tol {self.tol})'
 
@@ -295,18 +321,15 @@ def noise(self):
 @method(Trial)
 def settle(self):
     "Choose modes, precision, stand-ins and tolerance"
-    called, params = set(), [p for p in self.model.parameters() if p.is_floating_point()]
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, args: called.add(m))
-    try: self.once()
-    finally: hook.remove()
-    own = {m for m in self.model.modules() if m._parameters and not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
+    params = [p for p in self.model.parameters() if p.is_floating_point()]
+    self.once()
     self.native = next((p.dtype for p in params), torch.float32)
     small = torch.finfo(self.native).eps > 1e-5
     steps = [torch.float32, torch.float64] if small else [None] if self.native == torch.float64 else [None, torch.float64]
     for self.dtype, self.as_is, most in [(d, False, 1e-5) for d in steps] + [(None, False, math.inf), (None, True, math.inf)]:
         try:
             with self.substitute():
-                self.branches = bool(own - called) and self.steady()
+                self.branches = self.steady()
                 effect = self.noise()
         except Exception:
             if self.as_is: raise
@@ -319,9 +342,11 @@ def settle(self):
 # %% ../nbs/07d_trial.ipynb #585c0cd7
 @method(Trial)
 def steady(self):
-    "Whether the branches of training can be run and give the same twice"
-    try: return relative(self.once(True), self.once(True)) == 0
+    "Whether training takes branches of its own: False, True, or 'noise' where only the shapes of what they give can be compared"
+    try: first, again, usual = (self.once(branches, self.fed, seed) for branches, seed in ((True, 0), (True, 1), (False, 0)))
     except Exception: return False
+    if relative(first, usual) == 0: return False
+    return True if relative(first, again) == 0 else 'noise'
 
 @method(Trial)
 def substitute(self):

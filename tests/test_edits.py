@@ -671,3 +671,90 @@ def test_what_no_initialisation_draws_is_not_left_to_chance(edit_of):
     assert set(fresh_tensors(net[0])) == {'weight', 'bias'}
     edit_of(units(net, x)[0]).apply(net, None, examples=x)
     assert (net[0].gain == 2).all() and (net[0].seen == 5).all() and net[0].table.isfinite().all() and net[0].weight.std() > .1
+
+# what only a second pair of eyes saw: functions that moved although the trial saw nothing
+
+class Reads(nn.Module):
+    "A hidden layer and what `how` makes of it"
+    def __init__(self, how, bias=True):
+        super().__init__()
+        self.a, self.c, self.d, self.hid, self.how = nn.Linear(6, 8, bias), nn.Linear(8, 5, bias), nn.Linear(6, 4), 8, how
+    def forward(self, x, *more): return self.how(self, self.a(x).relu(), x, *more)
+
+def noisy(m, h, x): return m.c(h + .1*torch.randn(len(h), m.hid) if m.training else h)
+class Kept:
+    __slots__ = 'inner',
+    def __init__(self, inner): self.inner = inner
+def scaled(m, h): return m.c(h)/h.shape[-1]**.5
+
+@pytest.mark.parametrize('how', [
+    lambda m, h, x: scaled(m, h).masked_fill(x[:, :5] > .5, -1e9), # masked logits
+    lambda m, h, x: torch.cat([scaled(m, h), 1e3*m.d(x)], 1), # columns of different size
+    lambda m, h, x: (m.c(h), h.square().mean(-1).detach().numpy()), lambda m, h, x: (m.c(h), h.detach().mean().item()),
+    lambda m, h, x: (m.c(h), Kept(scaled(m, h))), # tensors in an object with slots
+    lambda m, h, x: m.c(h/(1 + h.shape[1]**.5) if m.training else h)]) # only in training
+def test_no_difference_is_silent(how):
+    torch.manual_seed(0)
+    net, x = Reads(how).train(), torch.randn(16, 6)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(EditError): Widen('a', 3).apply(net, None, x)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+def test_code_that_runs_in_training_alone_is_tried():
+    torch.manual_seed(0)
+    net, x = Reads(noisy).train(), torch.randn(16, 6)
+    Widen('a', 3).apply(net, None, x)
+    net(x).sum().backward()
+    assert net.hid == 11
+
+def test_examples_that_show_nothing_are_refused():
+    net = Reads(lambda m, h, x: scaled(m, h), bias=False)
+    with pytest.raises(NotPreserved, match='examples: .*zeros'): Widen('a', 8).apply(net, None, torch.zeros(1, 6))
+
+class Outer(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b, self.o = nn.Linear(5, 6), nn.Linear(5, 4), nn.Linear(24, 3)
+    def forward(self, x): return self.o(torch.einsum('bi,bj->bij', self.a(x).tanh(), self.b(x).relu()).flatten(1))
+
+@pytest.mark.parametrize('first, second', [('widen', 'widen'), ('widen', 'prune'), ('prune', 'reset'), ('prune', 'widen'), ('clone', 'widen'),
+                                           ('widen', 'reset')])
+def test_two_groups_of_one_dimension_in_one_session(first, second):
+    do = dict(widen=lambda e, g: e.widen(g, 2), prune=lambda e, g: e.prune(g, [1]), clone=lambda e, g: e.clone(g, 2),
+              reset=lambda e, g: e.reset(g, [0]))
+    nets = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        net, x = Outer().double(), torch.randn(7, 5).double()
+        opt = torch.optim.Adam(net.parameters()); net(x).square().sum().backward(); opt.step(); opt.zero_grad()
+        sessions = [[(first, 'a')], [(second, 'b')]] if split else [[(first, 'a'), (second, 'b')]]
+        for steps in sessions:
+            with edit(net, opt, x) as e:
+                for verb, g in steps: do[verb](e, g)
+        nets.append((net(x).detach(), {k: v.shape for k, v in net.state_dict().items()}))
+    assert nets[0][1] == nets[1][1] and torch.allclose(nets[0][0], nets[1][0], atol=1e-12)
+
+@pytest.mark.parametrize('make', [lambda ps: torch.optim.Adam(ps, betas=(0., .9)), lambda ps: torch.optim.RMSprop(ps, alpha=0.)])
+def test_optimizers_without_an_average_go_on(make):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 6)
+    opt = make(net.parameters())
+    def step(): opt.zero_grad(); net(x).square().mean().backward(); opt.step(); opt.zero_grad()
+    step(); Reset('0', [1]).apply(net, opt, x); step(); Widen('0', 2, start='zero').apply(net, opt, x); step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+def test_edits_inside_inference_mode():
+    def make(): torch.manual_seed(0); return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, net, other = torch.randn(16, 6), make(), make()
+    record = Widen('0', 2).apply(make(), None, x)
+    with torch.inference_mode(): replay(net, record); Widen('0', 2).apply(other, None, x)
+    for m in (net, other): m(x).sum().backward(); assert m[0].weight.grad.shape == (10, 6)
+    with torch.inference_mode(), pytest.raises(ValueError, match='^model: 0.weight was made in'): Widen('0', 2).apply(make(), None, x)
+
+def test_records_hold_ranges_and_sets(tmp_path):
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 6)
+    Prune('0', range(2)).apply(net, None, x).save(tmp_path/'a'); Prune('0', {1, 3}).apply(net, None, x).save(tmp_path/'b')
+
+def test_clone_of_a_list_refuses_what_it_would_leave_out():
+    net, x = Outer(), torch.randn(7, 5)
+    u = units(net, x)
+    with pytest.raises(ValueError, match="^group: 'b.* shares places"): Clone([u['a'], u['b']], 2).apply(net, None, x)
+    assert net.o.in_features == 24 and len(Clone(None, 2).apply(net, None, x).new) >= 1
