@@ -37,13 +37,13 @@ def spikes(
 
 def _rare(x, new, old, window):
     "The share of orders in which the halves differ as much"
-    m, tiny = _splits(window), 1e-300
+    m = _splits(window)
     s, q, all_ = x @ m, x.square() @ m, x.square().sum(1, keepdim=True)
-    total = x.sum(1, keepdim=True)
+    total, tiny = x.sum(1, keepdim=True), 1e-9*all_/window + 1e-300      # a half of equal values, up to round-off
     v2 = (q/window - (s/window)**2).clamp(min=0)
     v1 = ((all_ - q)/window - ((total - s)/window)**2).clamp(min=0)
     size = lambda a, b: ((a + tiny).log() - (b + tiny).log()).abs()
-    return ((size(v2, v1) >= size(new, old)[:, None] - 1e-9).sum(1) + 1)/(m.shape[1] + 1)
+    return ((size(v2, v1) >= size(new[:, None], old[:, None]) - 1e-5).sum(1) + 1)/(m.shape[1] + 1)
 
 # %% ../nbs/13f_credits.ipynb #3d155352
 PHASES = dict(coarse=(0, 10), medium=(50, 50), fine=(100, 200)) # phase -> (first epoch, structures it may add)

@@ -457,3 +457,11 @@ def test_other_ways_compute_the_same_network(mode):
     def seen(m): return m.values.grad[m.keys()] if m.full else m.values.grad
     for net in (a, b): net(x).square().sum().backward(); grads.append([seen(m) for m in net.links.values() if m.values.grad is not None])
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*grads, strict=True))
+
+@pytest.mark.parametrize('kind', ['on and off', 'nine in ten zero', 'clipped', 'rounded'])
+def test_spikes_of_noise_with_repeated_values(kind):
+    "Halves of equal values differ by round-off alone, which is no change"
+    n = torch.randn(1519, generator=torch.Generator().manual_seed(2))
+    x = {'on and off': (n < -1.3).float(), 'nine in ten zero': (n - 1.3).clamp(min=0), 'clipped': (1.4 + .5*n).clamp(max=1.),
+         'rounded': (1 + .003*n).bfloat16()}[kind]
+    for scale in (1., 1e-4, 3e5): assert spikes(scale*x.float()).double().mean() < .05
