@@ -368,7 +368,8 @@ def adaptive(experiment,
     "Train a network that grows, prunes and quantizes on schedules"
     e = experiment
     if own := dict(gpt='language', vae='vae').get(name := e.choice('model')):
-        raise ValueError(f"training: 'adaptive' takes a classifier, got model={name}, which takes training={own}")
+        from plasticity.experiments import ConfigError
+        raise ConfigError(f"training: 'adaptive' takes a classifier, got model={name}, which takes training={own}")
     with seeded(seed, 'model'): e.model = _network(e, skip, random_start, seed)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, augment=not no_augment)
     grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0

@@ -28,8 +28,9 @@ def sheet(
         raise ValueError(f'images: got shape {tuple(images.shape)}, takes (rows, columns, channels, height, width), or without rows')
     _at_least_one('columns', columns)
     if images.dim() == 4:
-        images = images[:len(images)//columns*columns or len(images)]
-        images = images.unflatten(0, (-1, min(columns, len(images))))
+        columns = min(columns, len(images))
+        blank = images.new_full((-len(images) % columns, *images.shape[1:]), float(images.shape[1] == 3))
+        images = torch.cat([images, blank]).unflatten(0, (-1, columns))
     r, c, k, h, w = images.shape
     tiles = torch.nn.functional.pad(images, (1, 1, 1, 1), value=float(k == 3)).permute(0, 3, 1, 4, 2).reshape(r*(h + 2), c*(w + 2), k)
     with style():

@@ -29,7 +29,7 @@ def _top(bits): # the largest number
 def _peak(w, per_channel): # largest |value| of each row, or of all, broadcastable
     return w.abs().amax(tuple(range(1, w.dim())), keepdim=True) if per_channel and w.dim() > 1 else w.abs().amax()
 
-def _step(peak, top): return torch.where(peak > 0, peak/top, 1.)
+def _step(peak, top): return torch.where(peak/top > 0, peak/top, 1.) # so too where the quotient is below the least number
 
 def step_sizes(
     w, # weights (units, ...)
@@ -296,7 +296,8 @@ def latencies(
         try:
             q = torchao_quantized(model, s)
             if s.startswith('int'): row['layers'] = _layers(q)
-            row |= _timed(q, x.to(next(q.parameters()).dtype), device, repeats, compile, FUSED if s.startswith('int') else None)
+            own = x.to(next(q.parameters()).dtype) if x.is_floating_point() else x # token numbers stay
+            row |= _timed(q, own, device, repeats, compile, FUSED if s.startswith('int') else None)
             if accuracy: row['accuracy'] = accuracy(q)
         except Exception as e: row['verdict'] = f"not here: {' '.join(str(e).split())[:120]}" # whatever a kernel or compiler raises
         else: row['verdict'] = verdict(row['ms'], rows[0]['ms'] if rows else None)

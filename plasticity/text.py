@@ -163,6 +163,8 @@ class TextData(Data):
     ):
         self.name, self.tokenizer, self.num_classes, self.length = name, tokenizer, tokenizer.size, length
         self.text, self.augment, self.classes, self.epoch = dict(train=train, test=test), (), None, None
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f'length: got {length!r}, takes a whole number of tokens from 1')
         for k, t in self.text.items():
             if len(t) <= length: raise ValueError(f'length: got {length}, but the {k} text has {len(t)} tokens')
 

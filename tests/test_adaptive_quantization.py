@@ -41,6 +41,13 @@ def test_idempotent_to_the_bit_in_many_rows(bits):
 @pytest.mark.parametrize('w', [torch.zeros(3, 4), torch.full((2, 2), 5.), torch.tensor([[0., 0.], [1., -1.]])])
 def test_constant_and_zero_weights(w): assert torch.equal(fake_quantize(w, 4), w)
 
+@pytest.mark.parametrize('peak', [1e-45, 3e-44, 1e-40, 1e-38])
+def test_weights_next_to_nothing_stay_finite(peak):
+    w = torch.tensor([[peak, 0., -peak], [1., .5, 0.]])
+    for bits in (2, 8, 16):
+        v = fake_quantize(w, bits)
+        assert (v - w).abs()[0].max() <= peak and torch.equal(through(w, bits), v) and step_sizes(w, bits).isfinite().all()
+
 def test_not_a_number_is_refused():
     for bad in (float('nan'), float('inf')):
         with pytest.raises(ValueError, match='w'): fake_quantize(torch.tensor([[1., bad]]), 8)
@@ -178,6 +185,13 @@ def test_the_latency_table_says_what_is_slower():
     assert [r['scheme'] for r in t] == ['float32', 'int8_weight', 'int4_weight'] and t[0]['ms'] > 0 and t[0]['verdict'] == 'the reference'
     for r in t[1:]: assert r['verdict'] and ('ms' not in r or r['ms'] is None or ('slower' in r['verdict']) == (r['ms'] > t[0]['ms']))
     with pytest.raises(ValueError, match='schemes'): latencies(m, x, ['int7'])
+
+def test_latencies_of_a_model_of_tokens():
+    m = make_model('gpt', 16, 50, seed=0, hidden_size=16, num_layers=1, num_heads=2).eval()
+    t = latencies(m, torch.randint(50, (2, 16)), ['float32', 'bfloat16'], device='cpu', repeats=1)
+    assert all(r['ms'] > 0 for r in t)
+    m = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    assert latencies(m, torch.randint(9, (2, 4)), ['float32', 'bfloat16'], device='cpu', repeats=1)[1]['ms'] > 0
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     def gpt(seed, **options): return make_model('gpt', 16, 200, seed=seed, hidden_size=64, num_layers=1, num_heads=4, **options)

@@ -48,7 +48,8 @@ def test_a_folder_is_read_in_order_and_once(tmp_path):
     assert get_data('text', root=tmp_path, path=str(here/'b.txt'), length=16).name == 'b'
 
 @pytest.mark.parametrize('options,word', [(dict(path='/nowhere'), 'no file'), (dict(tokenizer='char'), 'characters'),
-                                          (dict(test=1.5), 'test'), (dict(length=10**6), 'length'), (dict(paht=3), 'path')])
+                                          (dict(test=1.5), 'test'), (dict(length=10**6), 'length'), (dict(paht=3), 'path'),
+                                          *((dict(length=n), f'length: got {n}') for n in (0, -1, 5.5, True))])
 def test_wrong_options(options, word, tmp_path):
     here = folder(tmp_path)
     with pytest.raises((ValueError, TypeError, OSError), match=word): get_data('text', root=tmp_path, **(dict(path=str(here)) | options))

@@ -276,6 +276,13 @@ def test_pictures_tell_what_is_wrong_by_name(make, name):
     model, _, x = made(steps=0)
     with pytest.raises(ValueError, match=f'^{name}: got'): make(model, x)
 
+@pytest.mark.parametrize(('n', 'rows'), [(3, 1), (12, 1), (13, 2), (30, 3)])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_sheet_shows_every_image(n, rows, channels):
+    fig = sheet(torch.full((n, channels, 4, 4), .5), columns=12)
+    shown = fig.axes[0].images[0].get_array()
+    assert shown.shape[0] == rows*6 and ((shown[:, :, 0] if channels == 3 else shown) == .5).sum() == n*16
+
 @pytest.mark.parametrize(('shape', 'latent'), [((1, 13, 9), 1), ((3, 16, 16), 2), ((3, 16, 16), 7)])
 def test_the_frames_of_the_slider_are_the_traversal(shape, latent):
     model, _, x = made(shape, latent=latent, steps=1)
