@@ -715,8 +715,8 @@ class Outer(nn.Module):
     def __init__(self): super().__init__(); self.a, self.b, self.o = nn.Linear(5, 6), nn.Linear(5, 4), nn.Linear(24, 3)
     def forward(self, x): return self.o(torch.einsum('bi,bj->bij', self.a(x).tanh(), self.b(x).relu()).flatten(1))
 
-@pytest.mark.parametrize('first, second', [('widen', 'widen'), ('widen', 'prune'), ('prune', 'reset'), ('prune', 'widen'), ('clone', 'widen'),
-                                           ('widen', 'reset')])
+@pytest.mark.parametrize('first, second', [('widen', 'widen'), ('widen', 'prune'), ('prune', 'reset'), ('prune', 'widen'),
+                                           ('clone', 'widen'), ('widen', 'reset')])
 def test_two_groups_of_one_dimension_in_one_session(first, second):
     do = dict(widen=lambda e, g: e.widen(g, 2), prune=lambda e, g: e.prune(g, [1]), clone=lambda e, g: e.clone(g, 2),
               reset=lambda e, g: e.reset(g, [0]))
