@@ -153,7 +153,7 @@ def test_in_a_pipe(tmp_path):
     assert '\x1b[' not in done.stdout and '> ' not in done.stdout
 
 def test_bytes_that_are_no_letters_in_a_pipe(tmp_path):
-    env = os.environ | dict(PYTHONUTF8='1')
+    env = os.environ | dict(PYTHONIOENCODING='utf-8:strict')
     done = subprocess.run(run_of(tmp_path), input=b'length=5\nh\xff\xfeo\n/heads\n', capture_output=True, timeout=90, env=env)
     assert done.returncode == 0 and b'layer  1' in done.stdout and b'Traceback' not in done.stderr
 
