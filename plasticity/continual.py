@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVALUATE', 'MaskClasses', 'average_accuracy', 'backward_transfer', 'forward_transfer', 'forgetting', 'Continual',
-           'ask', 'after_forward', 'before_fit', 'before_task', 'after_epoch', 'clear_optimizer', 'state_dict',
-           'load_state_dict', 'matrix', 'summary', 'continual', 'plot_matrix', 'plot_forgetting', 'plot_online',
-           'aged_and_fresh', 'TrainabilityProbe', 'continual_training']
+           'ask', 'after_forward', 'after_backward', 'before_fit', 'before_task', 'after_epoch', 'clear_optimizer',
+           'state_dict', 'load_state_dict', 'matrix', 'summary', 'continual', 'plot_matrix', 'plot_forgetting',
+           'plot_online', 'aged_and_fresh', 'TrainabilityProbe', 'continual_training']
 
 # %% ../nbs/11_continual.ipynb #20a65fff
 import math
@@ -29,7 +29,7 @@ class MaskClasses(Callback):
 
     def set(self, classes):
         "Change the classes"
-        self.classes, self._mask = None if classes is None else tuple(classes), None
+        self.classes, self._mask, self._tried = None if classes is None else tuple(classes), None, False
         if self.classes == (): raise ValueError('classes: got none, takes at least one class, or None for all')
         return self
 
@@ -45,6 +45,14 @@ class MaskClasses(Callback):
             mask[list(self.classes)] = False
             self._mask = mask.to(logits.device)
         return logits.masked_fill(self._mask, -math.inf)
+
+    def after_backward(self, trainer):
+        "Refuse a loss that reads what does not compete, at the first batch"
+        if self.classes is None or self._tried: return
+        self._tried = True
+        if trainer.loss.isfinite().all() or not trainer.logits[..., list(self.classes)].isfinite().all(): return
+        raise ValueError(f'loss: got {trainer.loss.mean().item()} with all logits but those of the classes {self.classes} at minus '
+                         'infinity; takes one that reads no others, as cross entropy without label smoothing')
 
     def before_fit(self, trainer):
         if self.classes is not None: check_labels(trainer.data, self.classes, trainer.data.name)
@@ -143,6 +151,9 @@ def ask(self, trainer, index):
 
 @method(Continual)
 def after_forward(self, trainer): self.masked.after_forward(trainer)
+
+@method(Continual)
+def after_backward(self, trainer): self.masked.after_backward(trainer)
 
 @method(Continual)
 def _compete(self, index):

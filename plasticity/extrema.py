@@ -262,17 +262,29 @@ def plot_links(
     return fig
 
 # %% ../nbs/14_extrema.ipynb #8decaa38
+def _sized(loader):
+    "Whether the batches can be counted, as those of a stream cannot"
+    try: return len(loader) >= 0
+    except TypeError: return False
+
 class LoaderData:
     "Batches of any iterable as the trainer takes data"
     name, classes, device = 'loader', None, None
-    def __init__(self, loader): self.loader, self.task = loader if hasattr(loader, '__len__') else list(loader), 'classification'
+    def __init__(self, loader):
+        self.loader, self.task = loader if _sized(loader) else list(loader), 'classification'
+        if not len(self.loader): raise ValueError('loader: got no batches, takes at least one')
     @property
-    def x_train(self): return getattr(self.loader, 'dataset', range(2*len(self.loader)))
+    def x_train(self):
+        dataset = getattr(self.loader, 'dataset', None)
+        return dataset if _sized(dataset) else range(2*len(self.loader))
     def to(self, device): self.device = device; return self
     def normalize(self, x): return x.float()
     def n_batches(self, batch_size=None, split='train', drop_last=False): return len(self.loader)
     def batches(self, batch_size=None, split='train', shuffle=True, seed=0, epoch=0, start=0, augment=False, drop_last=False):
-        for k, (x, y) in enumerate(self.loader):
+        for k, batch in enumerate(self.loader):
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f'loader: got a {type(batch).__name__} as a batch, takes a pair (inputs, targets)')
+            x, y = batch
             self.task = 'regression' if y.is_floating_point() else 'classification'
             if k >= start: yield x.to(self.device), y.to(self.device)
 

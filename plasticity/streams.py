@@ -131,6 +131,7 @@ def make_stream(
     if kind not in STREAMS: raise ValueError(f'kind: got {kind!r}{did_you_mean(kind, STREAMS)}')
     given = dict(tasks=tasks, classes_per_task=classes_per_task)
     options |= {k: whole(k, v) for k, v in given.items() if v is not None}
+    if options.get('partition') is not None: options['partition'] = [list(map(_number, p)) for p in options['partition']]
     takes = [k for k in inspect.signature(STREAMS[kind]).parameters if k not in ('data', 'seed')]
     for k in options:
         if k not in takes: raise TypeError(f'{kind}: takes no {k}={did_you_mean(k, takes)}')
@@ -288,7 +289,9 @@ def class_partition(
         partition = torch.randperm(total, generator=generator(seed, 'classes'))[:tasks*k].view(tasks, k).tolist()
     elif not (tasks is None and classes_per_task is None):
         raise ValueError('partition: got it together with tasks or classes_per_task, takes one or the other')
-    return _checked([tuple(sorted(p)) for p in partition], data)
+    return _checked([tuple(sorted(map(_number, p))) for p in partition], data)
+
+def _number(c): return int(c) if hasattr(c, '__index__') and not isinstance(c, bool) else c  # NumPy's and torch's too
 
 def _checked(parts, data):
     "Raise unless the parts are disjoint classes that have samples in both splits"

@@ -2,6 +2,7 @@ import json, math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -342,3 +343,19 @@ def test_plots():
                plot_forgetting([[.5, None], [.2, .9]]), plot_online(one), plot_online(two, window=3))
     for fig in figures: fig.canvas.draw()
     assert dict(matplotlib.rcParams) == before and math.isclose(plot_online({'a': [1., 3.]}).axes[0].lines[0].get_ydata()[1], 3.)
+
+@pytest.mark.parametrize('loss', [torch.nn.CrossEntropyLoss(label_smoothing=.1),
+                                  lambda o, y: F.cross_entropy(o, y) + 1e-3*o.square().mean(),
+                                  lambda o, y: -(F.log_softmax(o, -1)*F.one_hot(y, 10)).sum(1).mean()])
+def test_a_loss_that_reads_masked_logits_is_refused(loss):
+    "At the first batch, before a weight changes; without a mask, or with a mask of all classes, it is taken"
+    data = get_data('digits').subset(100, 40)
+    def trainer(): return Trainer(MLP(data.shape, 10, (8,)), data, loss=loss, eval_every=0, device='cpu')
+    for callback in (Continual(make_stream('classes', data, tasks=5)), MaskClasses(range(5))):
+        t = trainer()
+        kept = [p.detach().clone() for p in t.model.parameters()]
+        t.callbacks.append(callback)
+        if isinstance(callback, MaskClasses): t.data = make_stream('classes', data, partition=[range(5), range(5, 10)])[0].data
+        with pytest.raises(ValueError, match='loss: got (inf|nan) with all logits but those of the classes'): t.fit(1)
+        assert all(torch.equal(p, q) for p, q in zip(t.model.parameters(), kept, strict=True))
+    assert continual(trainer, make_stream('permuted', data, tasks=2)).ended == 2

@@ -4,6 +4,7 @@ import copy, math
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from plasticity.credits import PHASES, GrowthScheduler, spikes
 from plasticity.data import get_data
@@ -465,3 +466,20 @@ def test_spikes_of_noise_with_repeated_values(kind):
     x = {'on and off': (n < -1.3).float(), 'nine in ten zero': (n - 1.3).clamp(min=0), 'clipped': (1.4 + .5*n).clamp(max=1.),
          'rounded': (1 + .003*n).bfloat16()}[kind]
     for scale in (1., 1e-4, 3e5): assert spikes(scale*x.float()).double().mean() < .05
+
+def test_loaders_of_every_kind():
+    "A loader over a stream is gathered; no batches and batches that are no pairs are refused by name"
+    x, y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    class Flow(IterableDataset):
+        def __iter__(self): return iter(zip(x, y, strict=True))
+    def net(): return create_multi_scale_network(6, [5], 3, sparsity=.5)
+    def epoch(loader):
+        n = net()
+        return n.train_epoch(loader, torch.optim.SGD(n.parameters(), lr=.1), nn.CrossEntropyLoss(), 0)
+    flow = epoch(DataLoader(Flow(), batch_size=8))
+    pairs = iter([*zip(x.split(8), y.split(8), strict=True)])
+    assert flow['loss'] == epoch(DataLoader(TensorDataset(x, y), batch_size=8))['loss'] == epoch(pairs)['loss']
+    for empty in ([], DataLoader(TensorDataset(x[:0], y[:0])), iter(())):
+        with pytest.raises(ValueError, match='loader: got no batches'): epoch(empty)
+    with pytest.raises(TypeError, match='loader: got a dict as a batch, takes a pair'): epoch([dict(x=x, y=y)])
+    with pytest.raises(ValueError, match='loader: got no batches'): net().evaluate([], nn.CrossEntropyLoss())

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plasticity.data import Data, get_data
-from plasticity.streams import STREAMS, Stream, Task, class_partition, make_stream, register_stream, threshold_output, threshold_units
+from plasticity.streams import (STREAMS, Stream, Task, class_partition, class_split, make_stream, register_stream, threshold_output,
+                                threshold_units)
 
 DIGITS = get_data('digits').subset(train=200, test=50)
 VECTORS = get_data('synthetic_classification', n=200, features=6, classes=5)
@@ -189,3 +190,12 @@ def test_label_streams_refuse_regression(kind):
 def test_input_streams_take_regression():
     assert make_stream('permuted', REGRESSION)[1].classes is None
     assert make_stream('noise', REGRESSION)[1].data.y_train.equal(REGRESSION.y_train)
+
+def test_a_partition_may_be_an_array():
+    import numpy as np
+    data = get_data('digits')
+    for parts in (np.array([[3, 1], [4, 2]]), torch.tensor([[3, 1], [4, 2]])):
+        task = class_split(data, partition=parts)[0]
+        assert task.classes == (1, 3) and task.name == 'classes 1 3' and 'int64' not in repr(task.classes)
+    assert make_stream('classes', data, partition=np.array([[3, 1], [4, 2]])).spec['partition'] == [[3, 1], [4, 2]]
+    with pytest.raises(ValueError, match='takes class numbers from 0 to 9'): class_split(data, partition=[[.5, 1.], [2., 3.]])
