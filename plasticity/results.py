@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Table', 'did_you_mean', 'method', 'stream_seed', 'generator', 'random_state', 'set_random_state', 'seeded',
            'pick_device', 'essence', 'dependencies', 'Result', 'project_root', 'results_folder', 'write_atomic',
-           'saved_run', 'results_state', 'main']
+           'saved_run', 'differences', 'recheck', 'results_state', 'main']
 
 # %% ../nbs/00_results.ipynb #224a6431
-import ast, difflib, functools, hashlib, inspect, io, json, linecache, os, random, subprocess, sys, textwrap, time, tokenize, types, weakref
+import ast, difflib, functools, hashlib, inspect, io, json, linecache, os, random, re, subprocess, sys, textwrap, time, tokenize, types
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -290,15 +291,18 @@ def dependencies(
 
 # %% ../nbs/00_results.ipynb #9dea983d
 class Result(dict):
-    "A saved result: the dict that the function returned, with `.meta` (provenance) and `.stale` (sources that changed since)"
-    def __init__(self, value, meta, stale=()):
+    """A saved result: the dict that the function returned, with `.meta` (provenance), `.state` ('current', 'rechecked' or 'stale')
+    and `.stale` (sources that changed since)"""
+    def __init__(self, value, meta, stale=(), rechecked=False):
         super().__init__(value)
         self.meta, self.stale = meta, tuple(stale)
+        self.state = 'stale' if self.stale else 'rechecked' if rechecked else 'current'
 
     @property
     def provenance(self):
         m = self.meta
         line = f"{m['name']}: seed {m['seed']}, {m['device']}, torch {m['torch']}, {m['seconds']:.4g} s, commit {m['commit']}, {m['date']}"
+        if self.state == 'rechecked': line += f'; {_words(m)}'
         return line + (f"; stale: {', '.join(self.stale)} changed since" if self.stale else '')
 
     def __repr__(self): return f'{self.provenance}\n{dict.__repr__(self)[:300]}'
@@ -367,6 +371,17 @@ def _execute(fns, name, seed, device, settings):
                 dependencies=depends)
     return dict(meta=meta, result=_plain(value))
 
+# %% ../nbs/00_results.ipynb #9e18d6b8
+def _differing(now, then): return [k for k in sorted({*now, *then}) if now.get(k) != then.get(k)]
+
+def _held(meta):
+    "The sources with which a result holds: those of its run, and in their place those that a recheck has seen (None: gone)"
+    return meta['dependencies'] | meta.get('rechecked', {}).get('dependencies', {})
+
+def _words(meta):
+    r = meta['rechecked']
+    return f"rechecked {r['date']}: a small run gives the same at commit {r['commit']} as at {r['against']}"
+
 # %% ../nbs/00_results.ipynb #11d04765
 def saved_run(
     fns, # functions: the first is run, the others are sources it depends on in ways its code does not show
@@ -390,7 +405,48 @@ def saved_run(
     if meta['settings'] != _plain(settings) or meta['seed'] != seed:
         raise ValueError(f"{name}: saved with {meta['settings']}, seed {meta['seed']}; asked for {_plain(settings)}, seed {seed}")
     now = dependencies(*fns)
-    return Result(saved['result'], meta, [k for k in sorted({*now, *meta['dependencies']}) if now.get(k) != meta['dependencies'].get(k)])
+    since = _differing(now, meta['dependencies'])
+    return Result(saved['result'], meta, since and _differing(now, _held(meta)), bool(since))
+
+# %% ../nbs/00_results.ipynb #8d1ec5f5
+_TIMES = re.compile(r'seconds|^(laps|company|discovery|bytes)$|^(ms|us)_|_(s|ms|us)$') # bytes: of snapshots, which hold the hour
+
+# %% ../nbs/00_results.ipynb #14d607e2
+def differences(
+    a, b, # numbers, strings, lists and dicts
+    where='result' # what they are called
+) -> list: # a line for each place
+    "Where two results differ, to the last bit; what keys call a time or a fact of the machine is left out"
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in dict.fromkeys([*a, *b]) if not _TIMES.search(k)]
+        return [d for k in keys for d in differences(a.get(k, 'not there'), b.get(k, 'not there'), f'{where}[{k!r}]')]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f'{where}[{i}]')]
+    said = [json.dumps(v) for v in (a, b)]
+    return [] if said[0] == said[1] else [f'{where}: ' + ' -> '.join(v if len(v) < 60 else f'{v[:60]}...' for v in said)]
+
+# %% ../nbs/00_results.ipynb #60612efd
+def recheck(
+    name:str, # of the result
+    old:dict, # the small run from the source with which the result was current: what a file of it would hold
+    new:dict, # the same from the present source
+    commit:str, # of the present source
+    against:str, # of the old one
+    small:dict, # settings of the small run that differ from those of the result
+    dry:bool=False # compare and write nothing
+) -> dict: # the note
+    """Note in a result's file that a small run gives the same numbers with another source.
+    Raises: ValueError when they differ, and when the result was not made with the old source"""
+    path = results_folder()/f'{name}.json'
+    saved = json.loads(path.read_text())
+    meta, now = saved['meta'], new['meta']['dependencies']
+    if off := _differing(old['meta']['dependencies'], meta['dependencies']):
+        raise ValueError(f"{name}: not made with the source at {against}, where {', '.join(off)} differ")
+    if off := differences(old['result'], new['result']): raise ValueError(f'{name}: {len(off)} numbers differ: ' + '; '.join(off[:5]))
+    meta['rechecked'] = dict(date=time.strftime('%Y-%m-%d'), commit=commit, against=against, settings=_plain(small),
+                             dependencies={k: now.get(k) for k in _differing(now, meta['dependencies'])})
+    if not dry: write_atomic(path, json.dumps(saved, indent=1) + '\n')
+    return meta['rechecked']
 
 # %% ../nbs/00_results.ipynb #3f05f981
 def _definitions(source):
@@ -440,7 +496,7 @@ def _now(dep, defs):
 # %% ../nbs/00_results.ipynb #9305ab89
 def results_state(
     folder=None # the notebooks'; `nbs` of the checkout if None
-) -> Table: # name, state (current, stale, missing, not run, unused), why, notebook
+) -> Table: # name, state (current, rechecked, stale, missing, not run, unused), why, notebook
     "Every result that a notebook asks for or that is saved, and whether its source has changed since"
     folder, rows, seen, hashes = Path(folder or project_root()/'nbs'), [], set(), {}
     def now(k, defs):
@@ -457,11 +513,13 @@ def results_state(
                 if nb.name != '00_results.ipynb': rows.append(dict(name=name, state=state, why='', notebook=nb.name))
                 continue
             seen.add(name)
-            old = json.loads(path.read_text())['meta']['dependencies']
-            defs = _definitions(source)
-            changed = [k for k, v in old.items() if not (k.startswith('__main__.') and k[9:].isupper()) and now(k, defs) != v]
-            why = ', '.join(changed[:3]) + (f' and {len(changed) - 3} more' if len(changed) > 3 else '')
-            rows.append(dict(name=name, state='stale' if changed else 'current', why=why, notebook=nb.name))
+            meta, defs = json.loads(path.read_text())['meta'], _definitions(source)
+            def changed(then, defs=defs):
+                return [k for k, v in then.items() if not (k.startswith('__main__.') and k[9:].isupper()) and now(k, defs) != v]
+            since = changed(meta['dependencies'])
+            left = since and changed(_held(meta))
+            why = ', '.join(left[:3]) + (f' and {len(left) - 3} more' if len(left) > 3 else '') if left else _words(meta) if since else ''
+            rows.append(dict(name=name, state='stale' if left else 'rechecked' if since else 'current', why=why, notebook=nb.name))
     rest = [p.stem for p in sorted(results_folder().glob('*.json')) if p.stem not in seen]
     return Table(rows + [dict(name=name, state='unused', why='no notebook reads it', notebook='') for name in rest])
 

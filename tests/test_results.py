@@ -1,11 +1,12 @@
-import importlib, json, random, sys, textwrap
+import importlib, json, random, sys, textwrap, time
 
 import numpy as np
 import pytest
 import torch
 
-from plasticity.results import (Result, Table, dependencies, did_you_mean, essence, generator, method, pick_device, random_state,
-                                results_state, saved_run, seeded, set_random_state, stream_seed, write_atomic)
+from plasticity.results import (Result, Table, _execute, dependencies, did_you_mean, differences, essence, generator, method, pick_device,
+                                project_root, random_state, recheck, results_state, saved_run, seeded, set_random_state, stream_seed,
+                                write_atomic)
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
@@ -84,19 +85,96 @@ def test_saved_run_by_environment(module, results, monkeypatch):
     monkeypatch.setenv('PLASTICITY_RUN', 'other,run')
     assert saved_run(module(BASE).run, n=1)['v'] == 6
 
+def notebook(path, *cells):
+    code = [dict(cell_type='code', id=f'c{i}', source=c.splitlines(keepends=True)) for i, c in enumerate(cells)]
+    path.write_text(json.dumps(dict(cells=code)))
+    return path
+
 def test_results_state(module, results, tmp_path):
-    def notebook(name, *cells):
-        nb = dict(cells=[dict(cell_type='code', source=c.splitlines(keepends=True)) for c in cells])
-        (tmp_path/f'{name}.ipynb').write_text(json.dumps(nb))
     m = module(BASE)
     saved_run(m.run, run=True)
     saved_run(m.run, run=True, name='lonely')
-    notebook('a', '%matplotlib inline\nimport x', 'r = saved_run([run])\nsaved_run(run, name="gone")',
+    notebook(tmp_path/'a.ipynb', '%matplotlib inline\nimport x', 'r = saved_run([run])\nsaved_run(run, name="gone")',
              'from contextlib import suppress\nwith suppress(FileNotFoundError): late = saved_run(run, name="later")')
     state = {r['name']: r['state'] for r in results_state(tmp_path)}
     assert state == dict(run='current', gone='missing', later='not run', lonely='unused')
     module(BASE.replace('x + 1', 'x + 2'))
     assert results_state(tmp_path).where(name='run')[0]['state'] == 'stale'
+
+# %% rechecked
+MENDED = BASE.replace('return x + 1', 'return whole(x) + 1') + '    def whole(x): return x if x < 100 else 100\n'
+AGAIN = MENDED.replace('x < 100', 'x <= 100')
+
+def small(m, n=3): return _execute([m.run], 'run', 0, 'cpu', dict(n=n))
+
+def test_rechecked_and_stale_again(module, results, tmp_path):
+    notebook(tmp_path/'a.ipynb', 'saved_run([run], n=5)')
+    def state(): return next((r['state'], r['why']) for r in results_state(tmp_path))
+    m = module(BASE)
+    first, old = saved_run(m.run, run=True, n=5, device='cpu'), small(m)
+    assert first.state == 'current' == state()[0]
+    new = module(MENDED)
+    assert saved_run(new.run, n=5).state == 'stale' == state()[0]
+    note = recheck('run', old, small(new), 'after', 'before', dict(n=3))
+    changed = {'plasticity.scratch_module.inner', 'plasticity.scratch_module.whole'}
+    assert note['dependencies'].keys() == changed and note['settings'] == dict(n=3) and note['date'] == time.strftime('%Y-%m-%d')
+    r = saved_run(new.run, n=5)
+    assert r == first and r.state == 'rechecked' and r.stale == () and r.meta['dependencies'] == first.meta['dependencies']
+    assert 'a small run gives the same at commit after as at before' in r.provenance and '**stale**' not in r._repr_markdown_()
+    assert state()[0] == 'rechecked' and note['date'] in state()[1]
+    r = saved_run(module(AGAIN).run, n=5)
+    assert r.state == 'stale' == state()[0] and r.stale == ('plasticity.scratch_module.whole',) and 'rechecked' not in r.provenance
+    assert saved_run(module(BASE).run, n=5).state == 'current' == state()[0]
+
+def test_a_function_that_is_gone_may_be_rechecked(module, results):
+    m = module(MENDED)
+    saved_run(m.run, run=True)
+    old, new = small(m), module(BASE)
+    assert recheck('run', old, small(new), 'b', 'a', {})['dependencies']['plasticity.scratch_module.whole'] is None
+    assert saved_run(new.run).state == 'rechecked' and saved_run(module(MENDED).run).state == 'current'
+
+def test_a_repeated_run_is_current(module, results):
+    m = module(BASE)
+    saved_run(m.run, run=True)
+    old, new = small(m), module(MENDED)
+    recheck('run', old, small(new), 'b', 'a', {})
+    assert saved_run(new.run, run=True).state == 'current' and 'rechecked' not in saved_run(new.run).meta
+
+def test_recheck_refuses_other_numbers_and_other_sources(module, results):
+    m = module(BASE)
+    saved_run(m.run, run=True)
+    before, old = (results/'run.json').read_text(), small(m)
+    off = module(BASE.replace('x + 1', 'x + 2'))
+    with pytest.raises(ValueError, match=r"run: 1 numbers differ: result\['v'\]: 12 -> 15"): recheck('run', old, small(off), 'b', 'a', {})
+    with pytest.raises(ValueError, match='not made with the source at a, where plasticity.scratch_module.inner'):
+        recheck('run', small(off), small(off), 'b', 'a', {})
+    mended = module(MENDED)
+    recheck('run', old, small(mended), 'b', 'a', {}, dry=True)
+    assert (results/'run.json').read_text() == before and saved_run(mended.run).state == 'stale'
+
+def test_differences_to_the_last_bit_but_no_times():
+    a = dict(loss=[.1, float('nan')], text='x', seconds=1.5, rows=[dict(us_a_step=3., together_ms=2., company=dict(load=1), n=1)])
+    b = dict(a, seconds=2.5, rows=[dict(us_a_step=4., together_ms=5., company={}, n=1)])
+    assert differences(a, b) == [] and len(differences(a, dict(b, loss=[.1 + 2e-17, float('nan')]))) == 1
+    assert differences(a, dict(b, rows=[dict(b['rows'][0], n=2)])) == ["result['rows'][0]['n']: 1 -> 2"]
+    assert differences(dict(a=1), {}) == ["result['a']: 1 -> \"not there\""] and differences([1], [1, 2]) == ['result: [1] -> [1, 2]']
+    assert differences(1, 1.) and differences(0., -0.) and differences(dict(text='a'), dict(text='b')) and not differences('a', 'a')
+
+def test_small_runs_of_a_notebook(tmp_path, monkeypatch):
+    "In a process of its own: definitions run, examples do not, and what differs in its seed alone runs once"
+    root = project_root(__file__)
+    monkeypatch.syspath_prepend(root/'tools')
+    import recheck as tool
+    path = notebook(tmp_path/'a.ipynb', 'from plasticity.results import saved_run\nN = max(2, 3)',
+                    'def half(n): return n/2\ndef run(n, seed=0, device=None): return dict(v=half(n), seed=seed, device=str(device))',
+                    'FEW = dict(n=2)\nSMALL = dict(one=FEW, two=FEW, bad=dict(x=1))', 'raise ValueError("an example")',
+                    'fns = [run]\na = saved_run(fns, name="one", n=N)\nif a: b = saved_run(fns, name="two", n=N, seed=7)\n'
+                    'c = saved_run(fns, name="bad", n=N), saved_run(fns, name="other", n=N)')
+    settings = tool.small_settings(path)
+    assert settings == dict(one=dict(n=2), two=dict(n=2), bad=dict(x=1)) and tool.short('0'*40) is None
+    done = tool.played(root, str(path), {k: (v, ['__main__.half', '__main__.gone']) for k, v in settings.items()}, str(tmp_path))
+    assert done.keys() == {'one', 'two'} and done['one']['result'] == done['two']['result'] == dict(v=1., seed=0, device='cpu')
+    assert done['one']['meta']['dependencies'].keys() == {'__main__.run', '__main__.half'} and not (tmp_path/'one.json').exists()
 
 def test_essence_handles_strings_and_unicode():
     assert essence('def f():\n    "d"\n    return "# no comment"  # é\n') == 'deff():return"#nocomment"'
