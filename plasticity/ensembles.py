@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .models import flops
+from .population import _settings
 from .results import did_you_mean
 from .structure import tensors_of
 from .training import evaluating
@@ -26,8 +27,9 @@ def probabilities(
     return z.float().softmax(-1) if of == 'logits' else z
 
 def _stackable(models):
-    "Whether models can be evaluated as one: same classes, same names, same shapes, no state of their own in between"
-    def form(m): return [(n, type(k)) for n, k in m.named_modules()], [(n, t.shape, t.dtype) for n, t in tensors_of(m).items()]
+    "Whether models can be evaluated as one: same classes, names, shapes and settings"
+    def form(m):
+        return [(n, type(k), _settings(k)) for n, k in m.named_modules()], [(n, t.shape, t.dtype) for n, t in tensors_of(m).items()]
     return len(models) > 1 and all(form(m) == form(models[0]) for m in models[1:])
 
 # %% ../nbs/14v_ensembles.ipynb #f6e5bddb

@@ -812,3 +812,12 @@ def test_a_sparse_network_that_grows_by_its_policy(tmp_path, data):
         net = s.load(make)
         assert net(torch.randn(3, 1, 8, 8)).shape == (3, 10) and sum(m.n_links for m in net.modules() if hasattr(m, 'fan_in')) > 0
     assert set(manager.verify().column('state')) == {'ok'}
+
+def test_members_that_differ_in_a_setting_answer_as_they_are():
+    "One structure is more than names and shapes: an option counts too"
+    from torch import nn
+    from plasticity.ensembles import Ensemble
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(slope), nn.Linear(5, 3)) for slope in (.1, .9)]
+    x = torch.randn(4, 6)
+    assert torch.allclose(Ensemble(nets)(x), sum(m(x) for m in nets)/2, atol=1e-6)
