@@ -45,7 +45,7 @@ def play(notebook, jobs, to):
     if not Path(results.__file__).is_relative_to(Path.cwd()): sys.exit(f'{results.__file__} is not of {Path.cwd()}')
     space, made, done, defs = sys.modules['__main__'].__dict__, {}, {}, results._definitions(results._code(notebook))
     def small_run(fns, run=False, name=None, seed=0, device=None, **settings):
-        fns = fns if isinstance(fns, list) else [fns]
+        fns = list(fns) if isinstance(fns, (list, tuple)) else [fns]
         name = name or fns[0].__name__
         if name not in jobs or name in done: return
         small, saved = jobs[name]
@@ -55,8 +55,9 @@ def play(notebook, jobs, to):
         done[name] = made[key] | dict(meta=made[key]['meta'] | dict(dependencies=depends))
         Path(to).write_text(json.dumps(done))
     for name, source in cells(notebook):
-        if source.startswith('#| export') or jobs.keys() <= done.keys(): continue
+        if jobs.keys() <= done.keys(): continue
         body = ast.parse(source).body
+        if source.startswith('#| export'): body = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))] # the module has the rest
         for n in filter(is_definition, body):
             try: exec(compile(ast.Module([n], []), name, 'exec'), space)
             except (NameError, TypeError): pass # it needs what an example made
