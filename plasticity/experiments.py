@@ -52,7 +52,7 @@ def config_of(
 ):
     "A configuration class with the options of `fn`"
     named = [p for p in inspect.signature(fn).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return make_config(**{p.name: _field(p) for p in named if p.default is not p.empty})
+    return make_config(**{p.name: _field(p) for p in named if p.default is None or isinstance(p.default, (*PLAIN, tuple, list, dict))})
 
 # %% ../nbs/21_experiments.ipynb #c6f2c072
 TRAININGS, POLICIES = {}, dict(none=lambda: None) | REMEDIES
@@ -108,10 +108,10 @@ def _spread(strategy):
 GROWTHS = dict(none=lambda: None) | STRATEGIES
 DISTRIBUTED = dict(none=lambda: None) | {s: _spread(s) for s in SPREADS}
 
-def groups() -> dict: # group -> choice -> function whose arguments are its options
+def groups(root=None) -> dict: # group -> choice -> function whose arguments are its options
     "Every word there is, read off the registries now"
     data = {k: s.load for k, s in DATASETS.items()}
-    data |= {p.stem: _file_data for p in sorted(data_root().glob('*.npz')) if p.stem not in data} if data_root().is_dir() else {}
+    data |= {p.stem: _file_data for p in sorted(data_root(root).glob('*.npz')) if p.stem not in data} if data_root(root).is_dir() else {}
     optimizers = {k: _with_lr(v) for k, v in OPTIMIZERS.items()}
     return dict(model=MODELS, dataset=data, optimizer=optimizers, training=TRAININGS, policy=POLICIES, growth=GROWTHS,
                 distributed=DISTRIBUTED, task=dict(default=task_options), metrics=dict(default=metric_options),
@@ -168,7 +168,9 @@ class Experiment:
         "The callback that grows the network, if one was asked for"
         if self.config.get('growth', {}).get('name', 'none') == 'none': return None
         with building(): return Growth(GROWTHS[self.choice('growth')](**self.options('growth')))
-    def epochs(self, n): return min(n, 1) if self.dry else n
+    def epochs(self, n):
+        if n < 0: raise ConfigError(f'epochs: got {n}, takes a whole number from 0')
+        return min(n, 1) if self.dry else n
 
     def trainer(self, **options):
         "A trainer with everything that the configuration adds: optimizer, policy, records, trackers, checkpoints"
@@ -248,6 +250,8 @@ class Record(Callback):
         filmed = experiment.ranks.world == 1 and not experiment.config['resume'] # frames are taken by the clock: no two ranks' are the same
         self.film = Filming(every=.5, share=.01, path=experiment.folder/'topology.json') if filmed else None
         o = experiment.options('metrics')
+        for k, least in (('probe', 1), ('metrics_frequency', 0)):
+            if o[k] < least: raise ValueError(f'metrics.{k}: got {o[k]}, takes a whole number from {least}')
         self.every, self.size = o['metrics_frequency'], min(o['probe'], 64) if experiment.dry else o['probe']
         self.thresholds = dict(dead_fraction=dict(share=o['dead_threshold']), duplicate_fraction=dict(threshold=o['corr_threshold']),
                                saturated_fraction=dict(threshold=o['saturation_threshold'], share=o['saturation_percentage']))
@@ -504,11 +508,11 @@ def _top():
     return dict(device=ZenField(str, 'auto'), root=ZenField(typing.Optional[str], None), dryrun=ZenField(bool, False),
                 resume=ZenField(typing.Optional[str], None))
 
-def _store():
+def _store(root=None):
     "Hand the groups to Hydra"
     from hydra.conf import HelpConf, HydraConf, RunDir, SweepDir
     store = ZenStore(overwrite_ok=True, deferred_hydra_store=True)
-    for g, choices in groups().items():
+    for g, choices in groups(root).items():
         for name, fn in choices.items(): store(config_of(fn), group=g, name=name)
     defaults = ['_self_', *({g: c} for g, c in DEFAULTS.items()), {'override hydra/job_logging': 'disabled'}]
     store(make_config(defaults=defaults, **_top(), **dict.fromkeys(DEFAULTS)), name='config')
@@ -555,12 +559,13 @@ def run_config(
     part = spread(config)
     with _place(Path(folder), config['resume'], part) as (folder, mine):
         with building(): experiment = Experiment(config, mine, part)
-        try: TRAININGS[experiment.choice('training')](experiment, **experiment.options('training'))
+        try:
+            TRAININGS[experiment.choice('training')](experiment, **experiment.options('training'))
+            if mine == folder: write_report(folder)
         except KeyboardInterrupt:
             if mine == folder: print(f'\nstopped; go on with: plasticity resume={folder}', file=sys.stderr)
             raise
         except Refused as e: raise ConfigError(str(e)) from e
-        if mine == folder: write_report(folder)
     return folder
 
 # %% ../nbs/21_experiments.ipynb #8c97a5a1
@@ -640,7 +645,8 @@ def run_line(
     imports, here = _take(list(words), '--import'), _process()
     words, done, failed = _expand(words), [], []
     _parse(words)
-    _store()
+    root = [w.partition('=')[2].strip('\'"') for w in words if w.startswith('root=')]
+    _store(root[-1] if root and root[-1] != 'null' else None)
     @hydra.main(config_path=None, config_name='config', version_base='1.3')
     def task(cfg):
         h = HydraConfig.get()
@@ -695,7 +701,19 @@ def _json(path, what):
     try: tree = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e: raise ConfigError(f'{what}: cannot read {path}: {e}') from e
     if not isinstance(tree, dict): raise ConfigError(f'{what}: {path} holds a {type(tree).__name__}, takes an object of groups and options')
-    return tree
+    return {k: dict(name=v) if k in DEFAULTS and isinstance(v, str) else v for k, v in tree.items()}
+
+MADE_WITH = 'model', 'optimizer', 'policy', 'growth', 'dataset', 'training', 'training.seed', 'training.batch_size'
+
+def _goes_on(words, tree, run):
+    "Refuse words that a run which goes on cannot follow"
+    for w in words:
+        k, _, v = w.partition('=')
+        group, _, option = k.partition('.')
+        if k not in MADE_WITH and group not in MADE_WITH[:4]: continue
+        had = tree.get(group, {}).get(option or 'name')
+        if v.strip('\'"') != (_word(had).strip("'") if had is not None else None):
+            raise ConfigError(f'{k}: the run in {run} goes on with {had!r}; takes no {w} beside resume=')
 
 def _take(words, flag):
     "Remove `flag VALUE` or `flag=VALUE` from the words; gives the values"
@@ -716,10 +734,12 @@ def _expand(words):
         tree |= PRESETS[name]
     for path in _take(words, '--config'): tree |= _json(path, '--config')
     run = next((w.partition('=')[2] for w in words if w.startswith('resume=')), None)
+    if run and run[0] in '\'"' and run[-1] == run[0]: run = run[1:-1]
     if run and run != 'null':
         tree |= {k: v for k, v in _json(Path(run)/'config.json', 'resume').items() if k != 'resume'}
         if not (Path(run)/'checkpoint.json').exists(): raise ConfigError(f'resume: no checkpoint in {run}')
-        words.append(f'hydra.run.dir={run}')
+        words = [w for w in words if not w.startswith('resume=')] + [f'resume={_word(run)}', f'hydra.run.dir={_word(run)}']
+    if run and run != 'null': _goes_on(words, tree, run)
     words = _autoencoder(_language(words, tree), tree)
     chosen = {w.partition('=')[0] for w in words}
     tree = {k: v for k, v in tree.items() if k not in chosen}
@@ -762,6 +782,7 @@ def main():
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/21_experiments.ipynb #a73e95f8
+#| eval: false
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     from plasticity.experiments import main as command # what --import registers is registered there

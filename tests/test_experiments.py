@@ -44,7 +44,8 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     (['device=gpu'], 'device'), (['training.schedule=cosin'], 'schedule'), (['--config', 'nowhere.json'], 'nowhere.json'),
     (['resume=nowhere'], 'resume'), (['--import', 'nowhere.py'], 'nowhere.py'), (['model.normalization=instance'], 'instance'),
     (['training=standrad'], 'standard'), (['metrics.dead_treshold=.9'], 'metrics.dead_threshold'),
-    (['optimizer=sgd', 'optimizer.momentum=x'], 'momentum'), (['dryrun=maybe'], 'dryrun'), (['model.hidden_sizes=[8'], 'hidden_sizes')])
+    (['optimizer=sgd', 'optimizer.momentum=x'], 'momentum'), (['dryrun=maybe'], 'dryrun'), (['model.hidden_sizes=[8'], 'hidden_sizes'),
+    (['training.epochs=-1'], 'epochs: got -1'), (['metrics.probe=0'], 'metrics.probe: got 0')])
 def test_wrong_words_get_one_line(words, says, tmp_path):
     with pytest.raises(ex.ConfigError) as e: run(*words, folder=tmp_path/'r')
     text = str(e.value)
@@ -252,3 +253,38 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     run_line(*words)
     assert [f.stat().st_mtime_ns for f in files] == times     # nothing is run twice
     with pytest.raises(ConfigError, match="--engine: got 'rya'; did you mean 'ray'"): run_line('--engine', 'rya', 'training.seed=1,2')
+
+def test_a_run_goes_on_with_what_it_was_made_with(tmp_path):
+    folder = run('training=standard', 'training.epochs=1', folder=tmp_path/'r', quick=QUICK[1:])
+    for word in ('optimizer.lr=.5', 'optimizer=sgd', 'model.hidden_sizes=[8]', 'policy=redo', 'dataset=mnist', 'training.seed=3',
+                 'training.batch_size=7'):
+        with pytest.raises(ex.ConfigError, match=f"^{word.partition('=')[0]}: the run in .* takes no .* beside resume="):
+            run(f'resume={folder}', word, folder=folder, quick=QUICK[1:])
+    assert json.loads((folder/'config.json').read_text())['optimizer']['name'] == 'adam'
+    run(f'resume={folder}', 'dataset=digits', 'optimizer=adam', 'training.epochs=2', folder=folder, quick=QUICK[1:])
+    assert ex.read_run(folder)[1][-1]['epoch'] == 2
+
+def test_a_folder_of_any_name_goes_on(tmp_path):
+    folder = tmp_path/"lr=0.1, it's (1)"
+    run('training=standard', 'training.epochs=1', folder=tmp_path/'r', quick=QUICK[1:]).rename(folder)
+    ex.run_line('logging.progress=false', f'resume={folder}', 'training.epochs=2')
+    assert ex.read_run(folder)[1][-1]['epoch'] == 2
+
+def test_names_alone_in_a_config_file_and_data_in_the_root(tmp_path, monkeypatch):
+    monkeypatch.delenv('PLASTICITY_DATA', raising=False)
+    rng = np.random.default_rng(0)
+    (tmp_path/'data').mkdir()
+    np.savez(tmp_path/'data'/'mine.npz', x_train=rng.random((40, 6), np.float32), y_train=np.arange(40) % 2,
+             x_test=rng.random((8, 6), np.float32), y_test=np.arange(8) % 2)
+    (tmp_path/'c.json').write_text(json.dumps(dict(model='mlp', dataset='mine', root=str(tmp_path/'data'))))
+    r = command('root=data', 'dataset=mine', 'training=standard', 'dryrun=true', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    r = command('--config', 'c.json', f'root={tmp_path/"data"}', 'training=standard', 'dryrun=true', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+
+def test_a_model_whose_default_is_a_class(tmp_path):
+    (tmp_path/'my.py').write_text('from torch import nn\nfrom plasticity.models import register_model\n'
+                                  '@register_model("my-net")\ndef my_net(in_shape, num_classes, width:int=16, act=nn.ReLU):\n'
+                                  '    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), act(), nn.Linear(width, num_classes))\n')
+    r = command('--import', 'my.py', 'model=my-net', 'model.width=8', 'training=standard', 'dryrun=true', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
