@@ -262,8 +262,10 @@ def test_members_that_compute_otherwise_are_refused():
         m = nn.Sequential(nn.Linear(6, 4), act, nn.Dropout(p), nn.Linear(4, 2))
         m[0].weight.requires_grad_(not frozen)
         return m
-    for a, b, off in ((net(nn.ReLU()), net(nn.Tanh()), '1.type .Tanh, not ReLU'), (net(nn.LeakyReLU(.1)), net(nn.LeakyReLU(.9)), '1.negative_slope'),
-                      (net(nn.ReLU(), .1), net(nn.ReLU(), .9), '2.p'), (net(nn.ReLU()), net(nn.ReLU(), frozen=True), 'requires_grad of 0.weight'),
+    for a, b, off in ((net(nn.ReLU()), net(nn.Tanh()), '1.type .Tanh, not ReLU'),
+                      (net(nn.LeakyReLU(.1)), net(nn.LeakyReLU(.9)), '1.negative_slope'),
+                      (net(nn.ReLU(), .1), net(nn.ReLU(), .9), '2.p'),
+                      (net(nn.ReLU()), net(nn.ReLU(), frozen=True), 'requires_grad of 0.weight'),
                       *((MLP(6, 2, (3,)), MLP(6, 2, (3,), activation=k), 'layers.0.act.type') for k in ('tanh', 'gelu'))):
         with pytest.raises(ValueError, match=f'member 1 differs from member 0 in {off}'): Population([a, b])
     pop = Population([net(nn.ReLU(), .1) for _ in range(2)])
