@@ -140,6 +140,16 @@ def test_a_repeated_run_is_current(module, results):
     recheck('run', old, small(new), 'b', 'a', {})
     assert saved_run(new.run, run=True).state == 'current' and 'rechecked' not in saved_run(new.run).meta
 
+def test_a_note_goes_when_other_settings_see_a_difference(module, results):
+    m = module(BASE)
+    saved_run(m.run, run=True)
+    old, far, new = small(m), small(m, 200), module(MENDED)
+    recheck('run', old, small(new), 'b', 'a', {})
+    with pytest.raises(ValueError, match='differ'): recheck('run', far, small(new, 200), 'b', 'a', {}, dry=True)
+    assert saved_run(new.run).state == 'rechecked'
+    with pytest.raises(ValueError, match='differ'): recheck('run', far, small(new, 200), 'b', 'a', {})
+    assert saved_run(new.run).state == 'stale' and 'rechecked' not in saved_run(new.run).meta
+
 def test_recheck_refuses_other_numbers_and_other_sources(module, results):
     m = module(BASE)
     saved_run(m.run, run=True)
