@@ -20,7 +20,7 @@ from .plots import img
 from .results import Table, did_you_mean, method, write_atomic
 from .stills import plot_health_film, plot_topology, plot_widths
 from .training import Trainer, evaluating
-from .trial import quiet, relative, tensors_in
+from .trial import quiet, tensors_in
 from .units import EditError
 
 # %% ../nbs/20_widgets.ipynb #8e80c68a
@@ -229,8 +229,12 @@ def preview(self,
     finally:
         session.surgeon.rollback()
         session.surgeon.journal.clear()
-    rows = [dict(what='outputs, relative change', before=None, after=relative(new, old))]
+    rows = [dict(what='outputs, relative change', before=None, after=max(map(_moved, new, old), default=0.))]
     return Table([*rows, *(dict(what=k, before=before[k], after=after[k]) for k in before)])
+
+def _moved(new, old):
+    "The largest change of an output, as a share of the largest output"
+    return ((new - old).abs().max()/old.abs().max()).item() if old.numel() else 0.
 
 def replayed(surgeon, record):
     "The operations of a record"
