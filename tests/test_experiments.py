@@ -123,7 +123,8 @@ def test_continual(tmp_path):
 
 @pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
 def test_cloning(model, tmp_path):
-    folder = run(f'model={model}', 'training=cloning', 'metrics.metrics_frequency=0', folder=tmp_path/model)
+    small = ['model.channels=8'] if model == 'resnet' else []
+    folder = run(f'model={model}', *small, 'training=cloning', 'metrics.metrics_frequency=0', folder=tmp_path/model)
     assert ex.read_run(folder)[0]['training']['expansion_factor'] == 2 and (folder/'checkpoint.json').exists()
 
 def test_presets(tmp_path):
