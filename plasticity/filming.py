@@ -190,7 +190,9 @@ KINDS = {c.__name__ for c in ACTIVATIONS}
 @method(Filming)
 def measured(self, monitor):
     "(values by metric and column, rows about layers, twins)"
-    found = {k: s for k, s in self.states(monitor).items() if s.sums.isfinite().all()} # what has overflowed has no numbers
+    found = self.states(monitor)
+    whole = torch.stack([s.sums.isfinite().all() for s in found.values()]).tolist() if found else []
+    found = {k: s for (k, s), ok in zip(found.items(), whole, strict=True) if ok} # what has overflowed has no numbers
     if not found: return {}, [], {}
     flat = torch.cat([t for s in found.values() for t in (s.active/s.samples, s.abs/s.n)]).cpu().numpy()
     values, rows, twins, at = dict(active={}, size={}), [], {}, 0

@@ -158,7 +158,7 @@ def relative(
     new:list, # output tensors
     old:list, # the same before
 )->float: # inf when they do not correspond
-    "Largest difference relative to the largest value, over all floating point outputs"
+    "Largest difference of a column relative to its largest value, over all floating point outputs"
     if len(new) != len(old) or any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(new, old, strict=True)): return float('inf')
     real = [(a, b) for a, b in zip(new, old, strict=True) if a.is_floating_point() or a.is_complex()]
     if not real: return 0. if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)) else float('inf')
