@@ -9,6 +9,7 @@ from plasticity.chat import Chat, main, open_chat, read_words
 from plasticity.models import make_model
 from plasticity.text import Bytes
 from plasticity.transformer import save_language_model
+from processes import forked
 
 def chat(**options):
     from rich.console import Console
@@ -148,13 +149,12 @@ def run_of(tmp_path):
     return [sys.executable, '-m', 'plasticity.chat', str(tmp_path), '--device', 'cpu']
 
 def test_in_a_pipe(tmp_path):
-    done = subprocess.run(run_of(tmp_path), input='length=5\nhello\n/heads\n/quit\nnever', capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0 and 'layer  1' in done.stdout and 'never' not in done.stdout and 'Traceback' not in done.stderr
-    assert '\x1b[' not in done.stdout and '> ' not in done.stdout
+    done = forked(main, *run_of(tmp_path)[2:], stdin=b'length=5\nhello\n/heads\n/quit\nnever')
+    assert done.returncode == 0 and b'layer  1' in done.stdout and b'never' not in done.stdout and b'Traceback' not in done.stderr
+    assert b'\x1b[' not in done.stdout and b'> ' not in done.stdout
 
 def test_bytes_that_are_no_letters_in_a_pipe(tmp_path):
-    env = os.environ | dict(PYTHONIOENCODING='utf-8:strict')
-    done = subprocess.run(run_of(tmp_path), input=b'length=5\nh\xff\xfeo\n/heads\n', capture_output=True, timeout=90, env=env)
+    done = forked(main, *run_of(tmp_path)[2:], stdin=b'length=5\nh\xff\xfeo\n/heads\n', encoding='utf-8', errors='strict')
     assert done.returncode == 0 and b'layer  1' in done.stdout and b'Traceback' not in done.stderr
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs signals')

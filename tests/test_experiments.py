@@ -7,14 +7,17 @@ import pytest
 
 from plasticity import experiments as ex
 from plasticity.training import Callback, load_state
+from processes import forked
 
 QUICK = 'dryrun=true', 'logging.progress=false'
 
 def run(*words, folder, quick=QUICK): return ex.run_line(*quick, *words, f'hydra.run.dir={folder}')
 
-def command(*words, cwd, **kw):
-    return subprocess.run([sys.executable, '-c', 'from plasticity.experiments import main; main()', *words], cwd=cwd, text=True,
-                          capture_output=True, timeout=120, **kw)
+def command(*words, cwd):
+    "What `plasticity` does with these words, in a process of its own"
+    r = forked(ex.main, 'plasticity', *words, cwd=cwd)
+    r.stdout, r.stderr = r.stdout.decode(), r.stderr.decode()
+    return r
 
 def test_a_run_leaves_its_folder(tmp_path):
     folder = run('training.seed=7', folder=tmp_path/'r')
@@ -34,7 +37,8 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     np.savez(tmp_path/'tiny.npz', **{f'x_{s}': rng.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8) for s, n in parts},
              **{f'y_{s}': rng.integers(0, 3, n) for s, n in parts})
     monkeypatch.setenv('PLASTICITY_DATA', str(tmp_path))
-    folder = run(f'model={model}', 'dataset=tiny', 'training.batch_size=8', folder=tmp_path/model)
+    small = dict(resnet=['model.channels=8'], vit=['model.depth=2']).get(model, [])
+    folder = run(f'model={model}', *small, 'dataset=tiny', 'training.batch_size=8', folder=tmp_path/model)
     assert ex.read_run(folder)[1][-1]['epoch'] == 1
 
 @pytest.mark.parametrize('words, says', [
@@ -53,7 +57,8 @@ def test_wrong_words_get_one_line(words, says, tmp_path):
     assert not (tmp_path/'r'/'metrics.jsonl').exists()
 
 def test_exit_status_and_no_traceback(tmp_path):
-    r = command('model=mpl', cwd=tmp_path)
+    r = subprocess.run([sys.executable, '-c', 'from plasticity.experiments import main; main()', 'model=mpl'], cwd=tmp_path, text=True,
+                       capture_output=True, timeout=120)
     assert r.returncode == 2 and r.stdout == '' and r.stderr.count('\n') == 1 and r.stderr.startswith('plasticity: model')
     ok = command('--help', cwd=tmp_path)
     assert ok.returncode == 0 and 'dataset: digits' in ok.stdout and 'hidden_sizes' in ok.stdout and '_target_' not in ok.stdout
@@ -123,7 +128,7 @@ def test_continual(tmp_path):
 
 @pytest.mark.parametrize('model', ['mlp', 'cnn', 'resnet', 'vit'])
 def test_cloning(model, tmp_path):
-    small = ['model.channels=8'] if model == 'resnet' else []
+    small = dict(resnet=['model.channels=8'], vit=['model.depth=2']).get(model, [])
     folder = run(f'model={model}', *small, 'training=cloning', 'metrics.metrics_frequency=0', folder=tmp_path/model)
     assert ex.read_run(folder)[0]['training']['expansion_factor'] == 2 and (folder/'checkpoint.json').exists()
 
