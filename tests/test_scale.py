@@ -1,5 +1,5 @@
 "Several ranks against one process; death and return; what is refused. Every wait has an end."
-import json, math, os, signal, subprocess, sys, time
+import json, math, os, signal, time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from plasticity.scale import Distributed, watchers
 from plasticity.schedules import Averages, Scheduled
 from plasticity.snapshots import SnapshotManager, SnapshotStore
 from plasticity.training import Callback, Checkpoint, Trainer, load_state
+from processes import forked
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,8 +308,7 @@ import sys, torch
 torch.set_num_threads(1)
 from plasticity.data import get_data
 from plasticity.models import make_model
-from plasticity.ranks import join, on_ranks
-from plasticity.scale import Distributed, watchers
+from plasticity.scale import Distributed
 from plasticity.training import Checkpoint, Trainer
 data = get_data('digits').subset(train=203, test=101)
 model = make_model('mlp', data.shape, 10, hidden_sizes=(16, 12), seed=0)
@@ -320,9 +320,12 @@ t.fit(2)
 def test_torchrun(tmp_path):
     "The same script on one process and under torchrun"
     (tmp_path/'script.py').write_text(SCRIPT)
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME='lo')
-    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'] # it picks a port and keeps it
-    done = subprocess.run([*run, str(tmp_path/'script.py'), str(tmp_path/'out')], env=env, capture_output=True, text=True, timeout=220)
+    def torchrun():
+        from torch.distributed.run import main
+        os.environ |= dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME='lo')
+        main()
+    run = 'torchrun', '--standalone', '--nproc-per-node', '2' # it picks a port and keeps it
+    done = forked(torchrun, *run, tmp_path/'script.py', tmp_path/'out', timeout=220)
     assert done.returncode == 0, done.stderr[:3000]
     got = load_state(tmp_path/'out')
     assert gap(got['history'], rows(trained())) < 1e-6 and got['counters']['step'] == 14
@@ -341,7 +344,7 @@ def test_refused(names, options, message):
 
 def test_waits_end():
     def late():
-        if join('cpu', timeout=5).rank: time.sleep(60)
+        if join('cpu', timeout=3).rank: time.sleep(60)
         dist.barrier()
     start = time.monotonic()
     with pytest.raises((RuntimeError, TimeoutError)): on_ranks(late, timeout=8)
@@ -383,10 +386,10 @@ def test_a_line_on_two_ranks(tmp_path, strategy):
     words = 'training=extrema', 'training.sparsity=.03', 'training.hidden_sizes=[12,9]'
     kinds = dict(standard=LINE[:4]) | (dict(extrema=words) if strategy == 'ddp' else {})
     for kind, more in kinds.items():
+        one = read_run(line(tmp_path/kind, *more)) # first, so that what it imports is there before the fork
         two = on_ranks(lambda kind=kind, more=more: line(f'{tmp_path}/{kind}-rank-{os.environ["RANK"]}', *more, f'distributed={strategy}'),
                        timeout=WAIT)
         assert two == f'{tmp_path}/{kind}-rank-0' and not (tmp_path/f'{kind}-rank-1').exists()
-        one = read_run(line(tmp_path/kind, *more))
         assert gap(read_run(two)[1], one[1]) < 1e-6 and len(read_run(two)[2]) == len(one[2]) and (Path(two)/'report.html').exists()
         config = json.loads((Path(two)/'config.json').read_text())
         assert config['distributed']['name'] == strategy and config['distributed']['check'] is True
