@@ -199,7 +199,7 @@ def test_parity_from_a_random_start_is_solved_by_growth():
     d = get_data('parity', bits=4)
     def run(seed, callbacks):
         t = Trainer(AdaptiveMLP(4, 2, (2,), seed=seed), d, batch_size=16, device='cpu', lr=.02, eval_every=0, callbacks=callbacks)
-        return t.fit(1500)
+        return t.fit(900)
     for seed in range(3):
         fixed = run(seed, [])
         grown = run(seed, [IdleUnits(Schedule(50)), FullLayers(Schedule(50), of='units', max_width=40, solved=.01)])

@@ -37,7 +37,7 @@ def served(tmp_path_factory):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *a): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield folder, f'http://127.0.0.1:{server.server_port}'
     server.shutdown(); server.server_close()
 
@@ -692,7 +692,7 @@ def test_transfer_cut_short(tmp_path):
             self.send_response(200); self.send_header('Content-Length', '1000'); self.end_headers()
             self.wfile.write(b'x'*10)
     server = http.server.HTTPServer(('127.0.0.1', 0), Short)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}/a'
     try:
         with pytest.raises(OSError, match='127.0.0.1') as e: Fi.download(url, tmp_path/'a', '0'*32)

@@ -1,5 +1,5 @@
 "The thirteen rules of extrema-routed growth, the seed's snippets, and growth that happens whole or not at all"
-import copy, math
+import copy, math, os
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,6 +13,8 @@ from plasticity.extrema import Growth, MultiScaleNetwork, apply_growth, create_m
 from plasticity.routing import ROUTERS, ConnectionRouter, activity, find_extrema, make_router
 from plasticity.sparse_network import MinimalNetwork, Sprout
 from plasticity.training import Trainer
+
+EXAMPLES = int(os.environ.get('PLASTICITY_EXAMPLES', 0)) # 1000 and more for a longer look at random networks
 
 README = '''
 import torch
@@ -178,7 +180,7 @@ def forced(net, seed):
         out.append(dict(high=at(high), low=at(low), quiet=at(~(high | low))))
     return out
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(300, EXAMPLES), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=5), st.floats(.01, .6), st.sampled_from(['tanh', 'sigmoid', 'relu']),
        st.sampled_from(['extrema', 'extrema', 'extrema', 'random', 'gradient', 'set']), st.integers(0, 10**6), st.integers(1, 2),
        st.sampled_from([None, 1, 3]))

@@ -19,9 +19,18 @@ def cnn():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(.3), nn.Conv2d(8, 6, 3),
                          nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(.5), nn.Linear(6*36, 3))
 
-def resnet():
+def resnet(whole=False):
+    "Torchvision's ResNet-18, whole or an eighth as wide"
     torchvision = pytest.importorskip('torchvision')
-    return torchvision.models.resnet18(num_classes=3)
+    net = torchvision.models.resnet18(num_classes=3)
+    if whole: return net
+    for parent in [*net.modules()]:
+        for k, m in parent.named_children():
+            if isinstance(m, nn.Conv2d):
+                setattr(parent, k, nn.Conv2d(m.in_channels//8 or 3, m.out_channels//8, m.kernel_size, m.stride, m.padding, bias=False))
+            elif isinstance(m, nn.BatchNorm2d): setattr(parent, k, nn.BatchNorm2d(m.num_features//8))
+    net.fc = nn.Linear(64, 3)
+    return net
 
 def run(net, x, y, steps=4, monitor=None, opt=None):
     "Train a few steps on fixed batches; gives weights, buffers, gradients and the global random states"
@@ -332,7 +341,7 @@ def test_width_change_starts_the_layer_anew():
     assert m['0'].units == 20 and m['0'].n == 4 and m['4'].n == 8
 
 def test_select():
-    net = resnet()
+    net = resnet(whole=True)
     assert len(select(net)) == 20 + 9 + 1
     assert set(select(net, 'layer1.*.conv?')) == {f'layer1.{i}.conv{j}' for i in (0, 1) for j in (1, 2)}
     assert list(select(net, [nn.Linear, 'conv1'])) == ['conv1', 'fc'] and list(select(net, net.fc)) == ['fc']

@@ -16,6 +16,7 @@ from plasticity.snapshots import Ensemble, SnapshotManager, SnapshotStore, Store
 from plasticity.store import _line, read_index
 from plasticity.training import Callback, Trainer
 from plasticity.units import EditError, units
+from processes import forked
 
 FULL = bool(os.environ.get('PLASTICITY_FULL'))
 HERE = Path(__file__).resolve().parents[1]
@@ -250,9 +251,8 @@ def test_the_second_writer_is_refused(tmp_path):
     with pytest.raises(StoreLocked, match='another writer'): two.save(model)
     with pytest.raises(StoreLocked): two.prune(keep=1)
     assert len(two) == 1 and image(two.load(0)) == image(model)     # reading is no writing
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from plasticity.store import *; SnapshotStore({str(tmp_path/'a')!r}).acquire()"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 1 and 'StoreLocked' in done.stderr
+    done = forked(lambda: SnapshotStore(tmp_path/'a').acquire())
+    assert done.returncode == 1 and b'StoreLocked' in done.stderr
     one.close()
     assert two.save(model).id == 1
 

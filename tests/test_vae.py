@@ -371,7 +371,7 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing(other):
 def test_command_line(tmp_path, monkeypatch):
     from plasticity.experiments import read_run, run_line
     monkeypatch.chdir(tmp_path)
-    folder = run_line('model=vae', 'model.channels=[4,6]', 'model.latent_dim=3', 'training.epochs=3', 'training.grow_every=10',
+    folder = run_line('model=vae', 'model.channels=[4,6]', 'model.latent_dim=3', 'training.epochs=2', 'training.grow_every=10',
                       'device=cpu', 'training.grow_threshold=-1', 'training.cooldown=10', 'training.prune_threshold=-1',
                       'logging.progress=false')
     config, history, layers = read_run(folder)
