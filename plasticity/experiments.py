@@ -773,16 +773,17 @@ def _import(path):
 # %% ../nbs/21_experiments.ipynb #fba37313
 def main():
     "The command `plasticity`; without words, one task after another"
+    from plasticity.sweeps import SweepError
     try:
         folder = run_line(*sys.argv[1:] or [DEMO])
         if folder and os.environ.get('RANK', '0') == '0': print_summary(folder)
     except ConfigError as e:
         print(f'plasticity: {e}', file=sys.stderr)
         sys.exit(2)
+    except SweepError as e: sys.exit(f'plasticity: {e}')
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/21_experiments.ipynb #a73e95f8
-#| eval: false
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     from plasticity.experiments import main as command # what --import registers is registered there

@@ -323,6 +323,7 @@ def main():
     from plasticity.experiments import ConfigError
     try: print(sweep_line(*words, engine=a.engine, folder=a.folder, address=a.address, resources=dict(num_gpus=a.gpus) if a.gpus else None))
     except ConfigError as e: p.exit(2, f'plasticity.sweeps: {e}\n')
+    except SweepError as e: p.exit(1, f'plasticity.sweeps: {e}\n')
 
 # %% ../nbs/22a_sweeps.ipynb #67650a1e
 #| eval: false

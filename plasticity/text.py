@@ -289,7 +289,9 @@ def language(experiment,
 ): # for the command line
     "Learn to continue a text"
     e = experiment
-    if not hasattr(e.data, 'sampled'): raise ValueError(f'training: language takes dataset=text, got {e.data.name}')
+    if not hasattr(e.data, 'sampled'):
+        from plasticity.experiments import ConfigError
+        raise ConfigError(f"training: 'language' takes dataset=text, got dataset={e.data.name}")
     if test_stretches: e.data = e.data.subset(test=min(test_stretches, len(e.data.x_test)))
     if steps_per_epoch: e.data = e.data.sampled(steps_per_epoch*batch_size)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,

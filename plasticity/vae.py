@@ -320,7 +320,9 @@ def vae_training(experiment,
 ):
     "Train an autoencoder that grows, prunes and quantizes on schedules"
     e = experiment
-    if not isinstance(e.model, AdaptiveVAE): raise ValueError(f"training: 'vae' takes model=vae, got model={e.choice('model')}")
+    if not isinstance(e.model, AdaptiveVAE):
+        from plasticity.experiments import ConfigError
+        raise ConfigError(f"training: 'vae' takes model=vae, got model={e.choice('model')}")
     e.data = pictures(e.data, e.model.likelihood == 'bernoulli' if binary is None else binary)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, precision=precision, augment=augment,
                         loss=e.model.loss)

@@ -49,7 +49,8 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     (['resume=nowhere'], 'resume'), (['--import', 'nowhere.py'], 'nowhere.py'), (['model.normalization=instance'], 'instance'),
     (['training=standrad'], 'standard'), (['metrics.dead_treshold=.9'], 'metrics.dead_threshold'),
     (['optimizer=sgd', 'optimizer.momentum=x'], 'momentum'), (['dryrun=maybe'], 'dryrun'), (['model.hidden_sizes=[8'], 'hidden_sizes'),
-    (['training.epochs=-1'], 'epochs: got -1'), (['metrics.probe=0'], 'metrics.probe: got 0')])
+    (['training.epochs=-1'], 'epochs: got -1'), (['metrics.probe=0'], 'metrics.probe: got 0'),
+    (['training=vae'], 'takes model=vae, got model=mlp'), (['training=language'], 'takes dataset=text, got dataset=digits')])
 def test_wrong_words_get_one_line(words, says, tmp_path):
     with pytest.raises(ex.ConfigError) as e: run(*words, folder=tmp_path/'r')
     text = str(e.value)

@@ -131,6 +131,15 @@ def test_a_wrong_word_gets_one_line(word, says, monkeypatch, capsys):
         said = capsys.readouterr()
         assert e.value.code == 2 and said.err.startswith(f'{name}: {says}') and said.err.count('\n') == 1 and not said.out
 
+def test_runs_that_fail_end_a_line_in_one(tmp_path, monkeypatch, capsys):
+    from plasticity import experiments as ex
+    from plasticity import sweeps
+    for main, name, flags in ((sweeps.main, 'plasticity.sweeps', ()), (ex.main, 'plasticity', ('--engine', 'local'))):
+        monkeypatch.setattr(sys, 'argv', [name, *flags, '--folder', str(tmp_path/name), 'training=standard', 'optimizer.lr=-1'])
+        with pytest.raises(SystemExit) as e: main()
+        said = capsys.readouterr().err + (e.value.code if isinstance(e.value.code, str) else '')
+        assert e.value.code not in (0, 2, None) and f'{name}: 1 of 1 runs failed' in said and 'Traceback' not in said
+
 DRIVER = '''
 import os, signal, sys
 from plasticity.sweeps import sweep, variations
