@@ -123,6 +123,9 @@ def place(
             if not isinstance(box._modules[n], (nn.modules.batchnorm._NormBase, nn.GroupNorm)): break
     return up, name, names
 
+def _fused(m): # whether it may compute its parts in one kernel, by name
+    return isinstance(m, nn.TransformerEncoderLayer) and m.self_attn.batch_first and m.self_attn._qkv_same_embed_dim
+
 def _is_act(m): return type(m).__module__ == 'torch.nn.modules.activation' and not isinstance(m, nn.MultiheadAttention)
 
 # %% ../nbs/07f_depth.ipynb #dd4609f3
@@ -140,6 +143,9 @@ def deeper(
     if kind not in KINDS: raise ValueError(f'kind: got {kind!r}{did_you_mean(kind, KINDS)}')
     up, name, names = place(model, at)
     path = f'{up}.{name}'.strip('.')
+    if _fused(model.get_submodule(up)):
+        raise ValueError(f'at: {path!r} is part of a TransformerEncoderLayer, whose fused path would pass over a new layer; '
+                         f'takes a place behind {up!r}')
     like = [f'{up}.{n}'.strip('.') for n in names] if kind in ('auto', 'block') else []
     got = seen(model, dict.fromkeys([path, at, *like]), calls)
     if not got[path]: raise ValueError(f'at: the examples never called {path!r}')
@@ -236,8 +242,14 @@ def _near(name, near):
     for fits in (lambda n, q: n.rpartition('.')[2] == leaf, lambda n, q: q.dim() == p.dim(), lambda n, q: True):
         if found := [q for n, q in near if fits(n, q)]: return found[-1]
 
+def _trained(surgeon, near):
+    "The neighbours that an optimizer trains; those of the whole model where all are frozen"
+    held = {id(p) for o in surgeon.optimizers for g in o.param_groups for p in g['params']}
+    return next((found for ps in (near, surgeon.model.named_parameters()) if (found := [v for v in ps if id(v[1]) in held])), near)
+
 def _join(surgeon, new, near):
     "Put new parameters into the optimizer groups of their neighbours"
+    near = _trained(surgeon, near)
     for named in new.named_parameters():
         p, like = named[1], _near(named, near)
         for o, group in [(opt, g) for opt in surgeon.optimizers for g in opt.param_groups]:

@@ -87,6 +87,8 @@ def as_samples(
     if task == 'regression': y = y.to(real).unsqueeze(1) if y.dim() < 2 else y.to(real)
     elif y.is_floating_point():
         raise ValueError(f'targets: got {y.dtype}, a classification network takes class numbers; or task_type="regression"')
+    elif y.numel() != len(y):
+        raise ValueError(f'targets: got the shape {tuple(y.shape)}, a classification network takes class numbers, ({len(y)},)')
     else: y = y.long().reshape(len(y))
     return Samples(name, x, y)
 

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'STARTS', 'Expandable', 'Heads', 'Layer', 'OpenSession', 'se
            'as_saved', 'load_checkpoint', 'flops']
 
 # %% ../nbs/09b_growing.ipynb #c0203454
-import inspect, itertools, json
+import inspect, itertools, json, operator
 from pathlib import Path
 
 import torch
@@ -208,7 +208,7 @@ def layer(self,
     layer_idx # number (negative ones from the end), name, or group
 ) -> Layer:
     "One of the layers"
-    layers = self.layers
+    layers, layer_idx = self.layers, _index(layer_idx)
     if isinstance(layer_idx, int) and not isinstance(layer_idx, bool):
         if -len(layers) <= layer_idx < len(layers): return layers[layer_idx]
         raise ValueError(f'layer_idx: got {layer_idx}, takes {-len(layers)} to {len(layers) - 1}: there are {len(layers)} hidden layers')
@@ -216,8 +216,14 @@ def layer(self,
     if not found: raise ValueError(f'layer_idx: got {layer_idx!r}{did_you_mean(str(layer_idx), [x.name for x in layers])}')
     return found[0]
 
+def _index(v): # a whole number of NumPy's as Python's own
+    try: return v if isinstance(v, bool) else operator.index(v)
+    except TypeError: return v
+
 def _whole(name, v, least=1):
+    v = _index(v)
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{name}: got {v!r}, takes a whole number from {least}')
+    return v
 
 # %% ../nbs/09b_growing.ipynb #ca036f75
 @method(Expandable)
@@ -230,7 +236,7 @@ def expand_layer_width(self,
 ) -> EditRecord:
     """Add units to a layer; the function stays.
     Raises: ValueError for a wrong argument, EditError when the function would not stay; nothing has changed then"""
-    _whole('num_neurons', num_neurons)
+    num_neurons = _whole('num_neurons', num_neurons)
     layer, start = self.layer(layer_idx), self.start if start is None else start
     if isinstance(start, str) and start not in STARTS: raise ValueError(f'start: got {start!r}{did_you_mean(start, STARTS)}')
     make = STARTS[start] if isinstance(start, str) else start
@@ -331,9 +337,9 @@ def expand_depth(self,
 ) -> EditRecord:
     """Add a layer; the function stays.
     Raises: ValueError for a wrong argument; nothing has changed then"""
-    position = len(self.layers) if position is None else position
+    position = len(self.layers) if position is None else _index(position)
     at = self.place(position)
-    if num_neurons is not None: _whole('num_neurons', num_neurons)
+    if num_neurons is not None: num_neurons = _whole('num_neurons', num_neurons)
     before = self.layers[position - 1].size if position else None
     alone = not any(True for _ in self.get_submodule(at).children())
     kind = 'residual' if num_neurons is not None and (before is None or num_neurons < before) and alone else 'auto'
@@ -409,7 +415,7 @@ def shrink_layer_width(self,
     num_neurons:int # units to remove: those of least importance
 ) -> EditRecord:
     "Remove units; the function becomes that of the network in which nothing reads them"
-    _whole('num_neurons', num_neurons)
+    num_neurons = _whole('num_neurons', num_neurons)
     layer = self.layer(layer_idx)
     if num_neurons >= layer.size: raise ValueError(f'num_neurons: got {num_neurons}, takes 1 to {layer.size - 1} for {layer.name}')
     index = unit_importance(layer).argsort(stable=True)[:num_neurons].sort().values.tolist()
@@ -435,11 +441,14 @@ class DynamicExpandableNetwork(Expandable):
         given = dict(activation=activation, dropout=dropout) | ({} if sizes is None else dict(hidden_sizes=tuple(sizes))) | options
         if model == 'vit' and sizes is None: given.pop('hidden_sizes', None)
         body = make_model(model, input_size, output_size, seed=seed, **given)
-        shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-        examples = torch.randn(2, *shape, generator=generator(0, 'examples'))
-        super().__init__(body, examples, start, task_type, seed or 0, flat=model == 'mlp')
+        super().__init__(body, _examples(input_size), start, task_type, seed or 0, flat=model == 'mlp')
         self.spec = dict(input_size=input_size, output_size=output_size, hidden_sizes=sizes, activation=activation, dropout=dropout,
                          task_type=task_type, model=model, start=start if isinstance(start, str) else 'zero', seed=seed) | options
+
+def _examples(shape): # (features,) or more dimensions
+    "Inputs to try growth on: of vectors enough that a few units are not all silent on them"
+    shape, g = (shape,) if isinstance(shape, int) else tuple(shape), generator(0, 'examples')
+    return torch.cat([torch.randn(n, *shape, generator=g) for n in ((2, 30) if len(shape) == 1 else (2,))])
 
 def grow(
     model, # any module; it is changed in place when the network grows
@@ -452,8 +461,7 @@ def grow(
     if examples is None:
         if getattr(model, 'spec', None) is None:
             raise TypeError('examples: got None, takes an input of the model; only models with a `spec` can do without')
-        shape = model.spec['in_shape']
-        examples = torch.randn(2, *((shape,) if isinstance(shape, int) else shape), generator=generator(0, 'examples'))
+        examples = _examples(model.spec['in_shape'])
     return Expandable(model, examples, **options).attach(optimizer)
 
 # %% ../nbs/09b_growing.ipynb #27d0c9e1

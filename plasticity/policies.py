@@ -76,6 +76,7 @@ def amount(self,
 def widen(self, network, scores): # a number for each layer: the highest is widened
     "The action that widens the layer of highest score; equal ones take turns, the narrowest first"
     sizes = network.get_layer_sizes()
+    if not sizes: return dict(type='depth', position=0, num_neurons=self.max_neurons_per_expansion)
     i = max(range(len(sizes)), key=lambda i: (scores[i], -sizes[i], -i))
     return dict(type='width', layer_idx=i, num_neurons=self.amount(sizes[i]))
 
@@ -103,7 +104,7 @@ class LossBasedGrowth(GrowthStrategy):
 
     def determine_growth_action(self, metrics, network):
         sizes = network.get_layer_sizes()
-        if self.layers == 'one': return self.widen(network, [0]*len(sizes))
+        if self.layers == 'one' or not sizes: return self.widen(network, [0]*len(sizes))
         return [dict(type='width', layer_idx=i, num_neurons=self.amount(n)) for i, n in enumerate(sizes)]
 
 # %% ../nbs/09c_policies.ipynb #2770a8ce
@@ -153,7 +154,7 @@ class ActivityBasedGrowth(GrowthStrategy):
         super().__init__(**{k: v for k, v in locals().items() if k in OPTIONS})
 
     def should_grow(self, metrics, network, epoch):
-        full = max(metrics['activity'])
+        full = max(metrics['activity'], default=1.)
         self.wait = self.wait + 1 if full > self.activity_threshold else 0
         return (True, f'{full:.0%} of a layer in use') if self.wait >= self.patience else (False, None)
 
@@ -187,14 +188,15 @@ class AdaptiveGrowth(GrowthStrategy):
         if self.max_depth is None: self.max_depth = len(network.get_layer_sizes()) + 2
         if not self.plateau(metrics['loss'], self.loss_threshold): return False, None
         why = [f'gradient {metrics["gradient_norm"]:.3g}'] if metrics['gradient_norm'] > self.gradient_threshold else []
-        why += [f'{max(metrics["activity"]):.0%} of a layer in use'] if max(metrics['activity']) > self.activity_threshold else []
+        full = max(metrics['activity'], default=1.)
+        why += [f'{full:.0%} of a layer in use'] if full > self.activity_threshold else []
         return bool(why), f'loss stood at {self.best:.4g}; ' + ', '.join(why) if why else None
 
     def determine_growth_action(self, metrics, network):
         sizes, helped = network.get_layer_sizes(), self.last is None or self.best < self.last - self.loss_threshold
         self.last = self.best
         scores = [g*a for g, a in zip(metrics['layer_gradients'], metrics['activity'], strict=True)]
-        if helped or len(sizes) >= self.max_depth: return self.widen(network, scores)
+        if helped or not sizes or len(sizes) >= self.max_depth: return self.widen(network, scores)
         i = max(range(len(sizes)), key=scores.__getitem__)
         return dict(type='depth', position=i + 1, num_neurons=sizes[i])
 
@@ -278,16 +280,24 @@ def gradient_metrics(self):
 # %% ../nbs/09c_policies.ipynb #3d30cbf8
 @method(Growth)
 def activity(self, trainer):
-    "For each layer the share of units that are neither dead nor duplicates, on the last batch"
+    "For each layer the share of units that are neither dead nor duplicates, on samples of the epoch"
     layers = self.network.layers
+    if not layers: return []
     paths = [x.weights[0].rpartition('.')[0] for x in layers]
     names = {id(m): n for n, m in trainer.model.named_modules()}
     watched = [names.get(id(_answer(self.network, p))) for p in paths]
-    rows = report(trainer.model, trainer.x[:512], layers=[trainer.model.get_submodule(n) for n in watched], definitions=list(IDLE))
+    rows = report(trainer.model, _sample(trainer)[0], layers=[trainer.model.get_submodule(n) for n in watched], definitions=list(IDLE))
     idle = {n: sum(r['value'] or 0. for r in rows if r['layer'] == n and r['metric'] in IDLE) for n in watched}
     return [min(1., max(0., 1 - idle[n])) for n in watched]
 
 IDLE = 'dead_fraction', 'duplicate_fraction'
+
+def _sample(trainer):
+    "512 samples of the epoch that just ended, or a batch where they are large or tokens; its last batch may be a row or two"
+    x = trainer.x
+    n = max(trainer.batch_size, 512 if x.is_floating_point() and x[0].numel() <= 4096 else 0)
+    x, y = next(iter(trainer.data.batches(n, seed=trainer.seed, epoch=trainer.epoch - 1, drop_last=False)))
+    return x[:512], y[:512]
 
 def _answer(network, path):
     "The activation behind a module, or the module"
@@ -347,7 +357,7 @@ def act(self, trainer, action, why):
     self.rest, self.gradients, self.steps = self.strategy.cooldown, None, 0
     for one in action if isinstance(action, (list, tuple)) else [action]:
         before = self.loss(trainer, x, y)
-        done = self.fitted(trainer, one, x, y)
+        done = self.fitted(trainer, one, *_sample(trainer))
         if done is None: continue
         losses = dict(loss_before=before, loss_after=self.loss(trainer, x, y))
         self.events.append(dict(epoch=trainer.epoch, step=trainer.step, reason=why) | losses | done)
@@ -368,6 +378,9 @@ def told(event):
 @method(Growth)
 def fitted(self, trainer, action, x, y):
     "Apply the action, with fewer units where it would pass a limit; the event, None where nothing fits"
+    if not isinstance(action, (dict, Edit)):
+        raise TypeError(f'determine_growth_action: {type(self.strategy).__name__} gave {action!r}, '
+                        'takes a dictionary with a type, an Edit, or a list of these')
     net, s, n = self.network, self.strategy, None if isinstance(action, Edit) else action.get('num_neurons')
     before, rate, start, whole = net.get_num_parameters(), self.rate, s.start, n is not None and _whole_copies(net, action)
     if whole: n = max(whole, n - n % whole)

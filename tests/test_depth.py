@@ -133,3 +133,36 @@ def test_a_layer_inserted_under_an_optimizer_that_makes_states_at_birth():
     net(x).sum().backward(); opt.step()
     replay(net, e.record.inverse(), opt)
     assert len(opt.state) == 4 and not any(p in opt.state for p in new)
+
+class Wrapped(nn.Module):
+    def __init__(self): super().__init__(); self.base, self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
+    def forward(self, x): return self.head(self.base(x))
+
+@pytest.mark.parametrize('at', ['base.0', 'base'])
+def test_a_layer_behind_frozen_ones_learns(at):
+    "An optimizer that holds the head alone trains what is inserted behind the frozen base"
+    torch.manual_seed(0)
+    net, x = Wrapped(), torch.randn(5, 4)
+    net.base.requires_grad_(False)
+    opt = torch.optim.Adam([dict(params=[net.head.weight], weight_decay=.1), dict(params=[net.head.bias])])
+    with edit(net, opt, x) as e: e.deepen(at)
+    new = [p for n, p in net.named_parameters() if not n.startswith('head') and p.requires_grad]
+    assert len(new) == 4 and [len(g['params']) for g in opt.param_groups] == [3, 3]
+    before = [p.detach().clone() for p in new]
+    for _ in range(2): opt.zero_grad(); net(x).square().sum().backward(); opt.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, new, strict=True))
+    replay(net, e.record.inverse(), opt)
+    assert [len(g['params']) for g in opt.param_groups] == [1, 1]
+
+def test_parts_of_an_encoder_layer_that_may_run_fused_take_no_layer():
+    x = torch.randn(2, 3, 8)
+    for batch_first in (True, False):
+        net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=batch_first)).eval()
+        before, y = list(net.state_dict()), net(x)
+        for at in ('0.linear1', '0.norm2', '0.dropout'):
+            if batch_first:
+                with pytest.raises(ValueError, match=f'at: .{at}.*behind .0'): edit(net, None, x).deepen(at)
+                assert list(net.state_dict()) == before
+        with edit(net, None, x) as e: e.deepen('0' if batch_first else '0.linear1')
+        torch.backends.mha.set_fastpath_enabled(True)
+        with torch.no_grad(): assert torch.allclose(net(x), y, atol=1e-5)

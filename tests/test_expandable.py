@@ -425,3 +425,60 @@ def test_runs_too_short_to_grow_say_so():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         t.train(six(), epochs=3, enable_growth=False); t.train(six(), epochs=12)
+
+@pytest.mark.parametrize('n', [994, 993, 1000])
+def test_activity_is_told_from_many_samples(n):
+    "Not from what is left for the epoch's last batch"
+    class Noting(ActivityBasedGrowth):
+        def should_grow(self, metrics, network, epoch): self.told = metrics['activity']; return False, None
+    x = torch.randn(n, 10, generator=torch.Generator().manual_seed(0))
+    y, s = x[:, :1].sin() + x[:, 1:2]*x[:, 2:3], Noting()
+    DENTrainer(DynamicExpandableNetwork(10, 1, [64, 64], seed=1), s, device='cpu').train((x, y), epochs=8)
+    assert min(s.told) > .85
+
+def test_closed_forms_see_more_than_the_last_batch():
+    x = torch.randn(66, 40, generator=torch.Generator().manual_seed(0))
+    net = DynamicExpandableNetwork(40, 8, [16], seed=1, start='gradmax')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        DENTrainer(net, Scripted(cooldown=1), device='cpu').train((x, x[:, :8].sin()), epochs=2)
+    assert net.get_layer_sizes() == [20]
+
+def test_a_sample_is_a_batch_where_its_rows_are_large_or_tokens():
+    from types import SimpleNamespace
+    from plasticity.policies import _sample
+    from plasticity.text import Bytes, TextData
+    text = TextData('text', torch.arange(9000) % 256, torch.arange(90), Bytes(), 8)
+    large, small = (as_samples((torch.zeros(600, k), torch.zeros(600))) for k in (5000, 9))
+    for d, n in ((text, 20), (large, 20), (small, 512)):
+        x, y = _sample(SimpleNamespace(x=next(iter(d.batches(20)))[0][:1], batch_size=20, data=d, seed=0, epoch=1))
+        assert len(x) == len(y) == n
+
+@pytest.mark.parametrize('name', list(STRATEGIES))
+def test_a_network_without_hidden_layers_gets_one(name):
+    kw = dict(patience=1, cooldown=1) | dict(loss=dict(min_delta=1.), gradient=dict(gradient_threshold=1e-6, min_delta=1.),
+                                             activity={}, adaptive=dict(loss_threshold=1.))[name]
+    net = DynamicExpandableNetwork(4, 1, [], seed=0)
+    h = DENTrainer(net, STRATEGIES[name](max_neurons_per_expansion=5, **kw), device='cpu').train(data(), epochs=9)
+    first = h['growth_events'][0]
+    assert first['type'] == 'depth' and first['new_sizes'] == [5] and abs(first['loss_after']/first['loss_before'] - 1) < 1e-5
+    assert len(h['growth_events']) > 1
+
+def test_all_layers_of_none():
+    assert LossBasedGrowth(layers='all').determine_growth_action({}, DynamicExpandableNetwork(4, 1, []))['type'] == 'depth'
+
+def test_strategies_of_your_own_speak_numpy_or_are_told_what_to_say():
+    class Numpy(Scripted):
+        def determine_growth_action(self, metrics, network): return dict(type='width', layer_idx=np.argmax([0, 1]), num_neurons=np.int64(2))
+    class Silent(Scripted):
+        def determine_growth_action(self, metrics, network): pass
+    net = network()
+    DENTrainer(net, Numpy(cooldown=1), device='cpu').train(data(), epochs=2)
+    assert net.get_layer_sizes() == [3, 5]
+    with pytest.raises(TypeError, match='determine_growth_action: Silent gave None, takes a dict'):
+        DENTrainer(network(), Silent(cooldown=1), device='cpu').train(data(), epochs=2)
+
+def test_one_hot_targets_are_named():
+    with pytest.raises(ValueError, match=r'targets: got the shape \(6, 3\), .* class numbers'):
+        as_samples(torch.zeros(6, 2), torch.eye(3).repeat(2, 1).long(), 'classification')
+    assert as_samples(torch.zeros(6, 2), torch.zeros(6, 1).long(), 'classification').y_train.shape == (6,)

@@ -1,6 +1,7 @@
 "Growth keeps the function, the optimizer and everything else that a reader has in hand"
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,3 +253,16 @@ def test_a_loss_from_before_cannot_be_used_in_silence(change):
     loss = net(batch()[0]).sum()
     change(net)
     with pytest.raises(RuntimeError): loss.backward()
+
+def test_small_fresh_networks_grow():
+    "Their examples reach some of their units"
+    for seed in range(60): DynamicExpandableNetwork(1, 1, [2], seed=seed).expand_layer_width(0, 2)
+    net, images = DynamicExpandableNetwork(3, 1, [2]), DynamicExpandableNetwork((1, 4, 4), 2, [2], task_type='classification')
+    assert net.examples.shape == (32, 3) and images.examples.shape == (2, 1, 4, 4)
+
+def test_numbers_of_numpy():
+    net = DynamicExpandableNetwork(3, 1, [4, 4], seed=0)
+    net.expand_layer_width(np.int64(1), np.int64(2)); net.expand_depth(np.int64(1), np.int64(3))
+    net.shrink_layer_width(np.int64(0), np.int32(1))
+    assert net.get_layer_sizes() == [3, 3, 6] and type(net.events[0]['num_neurons']) is int
+    with pytest.raises(ValueError, match='num_neurons: got .*2.5'): net.expand_layer_width(0, np.float64(2.5))
