@@ -175,8 +175,9 @@ def _measure(self, trainer):
     if not self.probe: return []
     from plasticity.metrics import report
     loss = lambda out, y: trainer.loss_fn(self.masked(out), y)
-    rows = report(trainer.model, trainer.data.probe(self.probe), **(dict(loss=loss) | self.report))
-    return [dict(task=self.index + 1, step=trainer.step, **r) for r in rows]
+    batch, options = trainer.data.probe(self.probe), dict(loss=loss) | self.report
+    nets = [(dict(member=i), m) for i, m in enumerate(trainer.model)] if hasattr(trainer, 'members') else [({}, trainer.model)]
+    return [dict(task=self.index + 1, step=trainer.step, **who, **r) for who, net in nets for r in report(net, batch, **options)]
 
 # %% ../nbs/11_continual.ipynb #a6f6187a
 @method(Continual)
@@ -267,6 +268,8 @@ def matrix(self,
     key:str=None # 'accuracy' or 'loss'; accuracy where there is one if None
 ) -> torch.Tensor: # (tasks, tasks), float64
     "R[i, j]: after learning task i, on task j; NaN where it was not asked"
+    known = sorted({k for row in self.rows for k, v in row.items() if isinstance(v, float)})
+    if key is not None and known and key not in known: raise ValueError(f'key: got {key!r}{did_you_mean(key, known)}')
     return _entries(self, key)[0]
 
 def _tasks(self):
@@ -437,6 +440,7 @@ class TrainabilityProbe(Callback):
 
     def before_task(self, trainer):
         from plasticity.metrics import trainability
+        if hasattr(trainer, 'members'): raise ValueError('model: got a population; TrainabilityProbe takes one network')
         if (trainer.task - 1) % self.every: return
         data = trainer.data if self.data is None else self.data
         options = dict(seed=trainer.seed, batch_size=trainer.batch_size, device=trainer.device) | self.options

@@ -111,7 +111,7 @@ class Growth(Callback):
     def after_backward(self, trainer):
         net = self.of(trainer)[0]
         grads = [m.values.grad for m in net.links.values() if m.n_links and m.values.grad is not None]
-        self.norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+        if grads: self.norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
 
     @property
     def connections_added(self): return sum(e['connections_added'] for e in self.events)

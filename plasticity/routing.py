@@ -26,10 +26,12 @@ def activity(
     sums, n = None, 0
     for batch in window:
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        h = network.trace(x.flatten(1) if x.ndim != 2 else x)
-        new = [(v.sum(0), (v == 0).sum(0)) for v in h]
-        sums = new if sums is None else [(a + c, b + d) for (a, b), (c, d) in zip(sums, new, strict=True)]
-        n += len(x)
+        h = None
+        for step in x.unbind(1) if x.ndim == 3 and x.shape[-1] == network.layer_sizes[0] else [x.flatten(1) if x.ndim != 2 else x]:
+            h = network.trace(step, h)
+            new = [(v.sum(0), (v == 0).sum(0)) for v in h]
+            sums = new if sums is None else [(a + c, b + d) for (a, b), (c, d) in zip(sums, new, strict=True)]
+            n += len(step)
     if not n: raise ValueError('window: got no samples, takes at least one batch')
     return [dict(mean=(a/n).cpu(), zero=(b/n).cpu()) for a, b in sums]
 

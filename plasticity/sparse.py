@@ -330,7 +330,7 @@ def cleared(
 ) -> torch.Tensor:
     "No gradient for absent links: a few are set to zero, many multiplied by it"
     a, present = index['absent'], index['present']
-    if a is None or a.is_floating_point() and a.dtype != g.dtype:
+    if a is None or a.is_floating_point() and a.dtype != g.dtype or index['values'] not in _partial:           # as of a copied layer
         many = int(present.sum()) < LISTED*len(present)
         index['absent'] = a = present.view_as(g).to(g.dtype) if many else (~present).nonzero()[:, 0]
         _look_after(index['values'], present)
@@ -459,6 +459,11 @@ def to_dense(self) -> nn.Linear:
 SparseLinear.from_dense = staticmethod(from_dense)
 
 # %% ../nbs/13d_sparse.ipynb #31a55c64
+def _once(keys, n):
+    "Raises: ValueError for a link that is named twice"
+    links, times = keys.unique(return_counts=True)
+    if len(links) < len(keys): raise ValueError('rows, cols: got the link {} <- {} twice'.format(*divmod(int(links[times > 1][0]), n)))
+
 @method(SparseLinear)
 def connect(self,
     rows, cols, # (new links,)
@@ -470,6 +475,7 @@ def connect(self,
     Raises: ValueError for a link that exists."""
     rows, cols = _positions(rows, self.out_features, 'rows'), _positions(cols, self.in_features, 'cols')
     old, new = self.keys(), (rows*self.in_features + cols).to(self.values.device)
+    _once(new, self.in_features)
     if (hit := torch.isin(new, old)).any():
         k = int(new[hit][0])
         raise ValueError(f'rows, cols: the link {k // self.in_features} <- {k % self.in_features} exists; takes absent links')
@@ -489,6 +495,7 @@ def disconnect(self,
     Raises: ValueError for a link that does not exist."""
     rows, cols = _positions(rows, self.out_features, 'rows'), _positions(cols, self.in_features, 'cols')
     old, gone = self.keys(), (rows*self.in_features + cols).to(self.values.device)
+    _once(gone, self.in_features)
     if (miss := ~torch.isin(gone, old)).any():
         k = int(gone[miss][0])
         raise ValueError(f'rows, cols: there is no link {k // self.in_features} <- {k % self.in_features}')

@@ -8,7 +8,7 @@ __all__ = ['STREAMS', 'Task', 'check_labels', 'Stream', 'whole', 'register_strea
            'class_incremental', 'threshold_units', 'threshold_output', 'bit_flips']
 
 # %% ../nbs/10a_streams.ipynb #e5dca66a
-import copy, inspect, math
+import copy, inspect, math, operator
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,7 @@ class Stream:
 
     def __getitem__(self, i):
         "Task `i`; its labels are checked the first time"
+        i = operator.index(i)
         if not -self.n <= i < self.n: raise IndexError(f'index: got {i}, but the stream has {self.n} tasks')
         i %= self.n
         if i in self._kept: return self._kept[i]

@@ -359,3 +359,17 @@ def test_a_loss_that_reads_masked_logits_is_refused(loss):
         with pytest.raises(ValueError, match='loss: got (inf|nan) with all logits but those of the classes'): t.fit(1)
         assert all(torch.equal(p, q) for p, q in zip(t.model.parameters(), kept, strict=True))
     assert continual(trainer, make_stream('permuted', data, tasks=2)).ended == 2
+
+def test_metrics_of_every_member_of_a_population():
+    from plasticity.population import Population, PopulationTrainer
+    def run(**k):
+        p = Population(lambda: MLP(DIGITS.shape, 10, hidden_sizes=(6,)), 2)
+        return continual(PopulationTrainer(p, DIGITS, 'sgd', lr=.1, batch_size=64, device='cpu'), PERMUTED, **k)
+    r = run(probe=20)
+    assert [*dict.fromkeys((v['task'], v['member']) for v in r.reports)] == [(t, i) for t in (1, 2, 3) for i in (0, 1)]
+    with pytest.raises(ValueError, match='got a population'): run(callbacks=[TrainabilityProbe(epochs=1)])
+
+def test_a_matrix_of_an_unknown_key_is_refused():
+    r = continual(trainer(), PERMUTED)
+    with pytest.raises(ValueError, match="key: got 'acuracy'; did you mean 'accuracy'"): r.matrix('acuracy')
+    assert r.matrix('loss').isfinite().all() and r.matrix('accuracy').equal(r.matrix())

@@ -485,3 +485,21 @@ def test_loaders_of_every_kind():
         with pytest.raises(ValueError, match='loader: got no batches'): epoch(empty)
     with pytest.raises(TypeError, match='loader: got a dict as a batch, takes a pair'): epoch([dict(x=x, y=y)])
     with pytest.raises(ValueError, match='loader: got no batches'): net().evaluate([], nn.CrossEntropyLoss())
+
+def test_an_epoch_without_gradients_of_links():
+    net = create_multi_scale_network(6, [5], 3, sparsity=.3)
+    for p in net.network.links.parameters(): p.requires_grad_(False)
+    batch, opt = (torch.randn(8, 6), torch.randint(3, (8,))), torch.optim.SGD([net.network.bias], lr=.1)
+    stats = net.train_epoch([batch, batch], opt, nn.CrossEntropyLoss(), 0)
+    assert math.isfinite(stats['loss']) and stats['gradient_norm'] == 0
+
+def test_activity_of_sequences_by_hand():
+    net, x = MinimalNetwork([5, 9, 3], .5, seed=1), torch.randn(4, 6, 5)
+    before, h = None, []
+    for t in range(6): before = net.trace(x[:, t], before); h.append(before)
+    for k, s in enumerate(activity(net, [x[:2], x[2:]])):
+        v = torch.cat([step[k] for step in h])
+        assert torch.allclose(s['mean'], v.mean(0), atol=1e-6) and torch.allclose(s['zero'], (v == 0).double().mean(0).to(s['zero']))
+    net = create_multi_scale_network(5, [9, 7], 3, sparsity=.3)
+    stats = net.train_epoch([(x, torch.randn(4, 6, 3))], torch.optim.SGD(net.parameters(), lr=.1), nn.MSELoss(), 0)
+    assert math.isfinite(stats['loss'])

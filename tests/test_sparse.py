@@ -346,3 +346,22 @@ def test_noise_of_an_optimizer_makes_no_links(make):
         for _ in range(3):
             opt.zero_grad(); layer(x).square().sum().backward(); opt.step()
         assert layer.full and (layer.matrix()[~layer.mask()] == 0).all() and (layer.matrix()[layer.mask()] != 0).all()
+
+@pytest.mark.parametrize('optimizer', [lambda p: NoisySGD(p, lr=.1, noise=.1), lambda p: UPGD(p, lr=.1, noise=.1)])
+def test_noise_makes_no_links_in_a_copy(optimizer):
+    layer, x = random_layer(6, 5, .7), torch.randn(8, 6)
+    layer(x).sum().backward()
+    layer = copy.deepcopy(layer)
+    opt = optimizer(layer.parameters())
+    for _ in range(3):
+        opt.zero_grad(); layer(x).square().sum().backward(); opt.step()
+    assert layer.full and not layer.values[~layer.present].any()
+
+@pytest.mark.parametrize('density', [.2, .7])
+def test_a_link_named_twice_is_refused(density):
+    layer = random_layer(6, 5, density)
+    before = layer.matrix().clone()
+    (r, c), (row, col) = (~layer.mask()).nonzero()[0].tolist(), layer.mask().nonzero()[0].tolist()
+    with pytest.raises(ValueError, match=f'rows, cols: got the link {r} <- {c} twice'): layer.connect([r, r], [c, c], [1., 2.])
+    with pytest.raises(ValueError, match=f'rows, cols: got the link {row} <- {col} twice'): layer.disconnect([row, row], [col, col])
+    assert torch.equal(layer.matrix(), before) and layer.n_links == int(layer.mask().sum())

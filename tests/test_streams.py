@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,3 +200,9 @@ def test_a_partition_may_be_an_array():
         assert task.classes == (1, 3) and task.name == 'classes 1 3' and 'int64' not in repr(task.classes)
     assert make_stream('classes', data, partition=np.array([[3, 1], [4, 2]])).spec['partition'] == [[3, 1], [4, 2]]
     with pytest.raises(ValueError, match='takes class numbers from 0 to 9'): class_split(data, partition=[[.5, 1.], [2., 3.]])
+
+@pytest.mark.parametrize('i', [np.int64(1), torch.tensor(1)])
+def test_whole_numbers_of_other_kinds_index_a_stream(i):
+    s = make_stream('permuted', DIGITS, tasks=3, seed=1)
+    assert same(s[i], make_stream('permuted', DIGITS, tasks=3, seed=1)[1]) and s[i] is s[1] and type(s[i].index) is int
+    with pytest.raises(TypeError): s[1.]
