@@ -18,7 +18,7 @@ from .copies import HEADS, Cloned, CloneNetwork, clone # noqa: F401, all three a
 from .data import get_data
 from .metrics import activation_similarity, clone_r2, effective_rank, feature_alignment
 from .models import make_model
-from .monitors import select, take_rows, unit_axis
+from .monitors import FIRST, KEEP, LAST, first_tensor, select, take_rows, unit_axis
 from .results import Table, did_you_mean, generator, method, random_state, write_atomic
 from .training import Callback, History, Trainer, evaluating, load_state
 
@@ -100,20 +100,30 @@ def features(
 ) -> dict: # layer -> (activations, gradients), each (rows, units)
     "Activations of layers and the gradients of the loss with respect to them, in evaluation mode"
     out, named = {}, dict(model.named_modules())
+    def told(m, args, h): # where the units are, for what comes next
+        if isinstance(h, torch.Tensor): h._unit_axis = unit_axis(m, h, args[0] if args else None)
     def keep(k):
-        def hook(m, _, h):
-            h = h if h.requires_grad else h.detach().requires_grad_()
-            out.setdefault(k, (h, unit_axis(m, h)))
-            return h.clone() # what follows may work in place
+        def hook(m, args, given):
+            first = first_tensor(given)
+            if first is None or first.numel() == 0: return None
+            h = first if first.requires_grad else first.detach().requires_grad_()
+            axis = unit_axis(m, h, args[0] if args else None)
+            out.setdefault(k, (h, axis))
+            new = h.clone() # what follows may work in place
+            new._unit_axis = axis
+            if given is first: return new
+            return (new, *given[1:]) if isinstance(given, tuple) and given[0] is first else None
         return hook
     hooks = [named[k].register_forward_hook(keep(k)) for k in layers]
+    hooks += [m.register_forward_hook(told) for k, m in named.items() if k not in layers and isinstance(m, (*FIRST, *LAST, *KEEP))]
     try:
         with evaluating(model), torch.enable_grad():
             z = model(x)
             value = loss(z, y) if loss else F.mse_loss(z, y) if y.is_floating_point() else F.cross_entropy(z, y)
-            grads = torch.autograd.grad(value, [h for h, _ in out.values()])
+            grads = torch.autograd.grad(value, [h for h, _ in out.values()], allow_unused=True)
     finally:
         for h in hooks: h.remove()
+    grads = [torch.zeros_like(h) if g is None else g for (h, _), g in zip(out.values(), grads, strict=True)] # none: the loss does not see it
     return {k: (take_rows(h, axis, rows), take_rows(g, axis, rows)) for (k, (h, axis)), g in zip(out.items(), grads, strict=True)}
 
 # %% ../nbs/09_cloning.ipynb #546ccd9b

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from plasticity.cloning import Expand, Paths, Until, clone, cloning, compare, deviation, escape, scatter
+from plasticity.cloning import Expand, Paths, Until, clone, cloning, compare, deviation, escape, features, scatter
 from plasticity.data import get_data
 from plasticity.edits import EditRecord, replay
 from plasticity.metrics import clone_r2
@@ -378,3 +378,34 @@ def test_the_star_brings_what_the_page_says():
                                            (dict(at=3), 'at')])
 def test_wrong_words_fail_before_the_base_is_trained(options, name):
     with pytest.raises(ValueError, match=f'^{name}: got'): Expand(**dict(at=[1]) | options)
+
+class _ChannelsFirst(nn.Module):
+    "Units in the middle, an activation that is measured, and a layer that the loss does not see"
+    def __init__(self):
+        super().__init__()
+        self.c, self.act, self.o, self.aux = nn.Conv1d(2, 6, 3, padding=1), nn.GELU(), nn.Linear(6, 3), nn.Linear(6, 4)
+    def forward(self, x):
+        h = self.act(self.c(x))
+        self.aux(h.mean(-1))
+        return self.o(h.mean(-1))
+
+class _Recurrent(nn.Module):
+    "A layer that gives a pair"
+    def __init__(self):
+        super().__init__()
+        self.i, self.r, self.o = nn.Linear(5, 8), nn.LSTM(8, 9, batch_first=True), nn.Linear(9, 3)
+    def forward(self, x): return self.o(self.r(self.i(x).relu())[0][:, -1])
+
+def test_features_of_layers_of_every_kind():
+    torch.manual_seed(0)
+    y = torch.randint(3, (4,))
+    one = _ChannelsFirst()
+    got = features(one, torch.randn(4, 2, 7), y, ['c', 'act', 'aux'])
+    assert [got[k][0].shape[1] for k in ('c', 'act', 'aux')] == [6, 6, 4] and not got['aux'][1].any() and got['act'][1].any()
+    two = _Recurrent()
+    h, g = features(two, torch.randn(4, 6, 5), y, ['r'])['r']
+    assert h.shape == g.shape == (24, 9) and (g.view(4, 6, 9)[:, :-1] == 0).all() and g.view(4, 6, 9)[:, -1].any()
+    assert not any(m._forward_hooks for net in (one, two) for m in net.modules())
+    cloned = clone(_ChannelsFirst().eval(), 2, examples=torch.randn(4, 2, 7))
+    rows = compare(cloned, None, (torch.randn(4, 2, 7), y))
+    assert [r['value'] for r in rows.where(metric='clone_r2')] == [pytest.approx(1)]*len(rows.where(metric='clone_r2'))
