@@ -187,6 +187,10 @@ def _noisy(self, j, g, grads):
                 for i in live: self._draw(out[i][m], g, m)
     else:
         for i in live: out[i] = self._hashed(j, g, i, grads[i])
+    for m in self.population.net.modules() if self.population is not None else ():           # noise makes no links
+        if (there := getattr(m, 'present', None)) is not None and there.shape == m.values.shape:
+            for i in live:
+                if g['params'][i] is m.values: out[i] = out[i].masked_fill(~there, 0)
     g['scale'] *= g['noise_decay']
     return out
 

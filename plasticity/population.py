@@ -124,6 +124,8 @@ def member(self,
     "A copy of one member as an ordinary model"
     i = self._index(i)
     model = copy.deepcopy(self.blank).to(self.device) if into is None else into
+    off = [k for (k, p), q in zip(model.named_parameters(), self.net.parameters(), strict=True) if p.shape != q.shape[1:]]
+    if off: raise ValueError(f'into: its {off[0]} has another shape than the members; takes a model of their shape')
     with torch.no_grad():
         for p, q in zip(model.parameters(), self.net.parameters(), strict=True): p.copy_(q[i]); p.requires_grad_(q.requires_grad)
         for b, c in zip(model.buffers(), self.net.buffers(), strict=True): b.copy_(c[i])
@@ -167,6 +169,8 @@ def _looped(self, x, own, members=None):
         buffers = {k: b[i] for k, b in self.net.named_buffers()}
         mine = {k: p[i].clone(memory_format=torch.contiguous_format) for k, p in params.items()}
         with self.stream(i): out.append(_apply(self.net, mine, buffers, x[i].clone() if own else x))
+        for k, v in mine.items():
+            if v._version: params[k][i].data.copy_(v.detach())                               # as `max_norm` of an embedding does
     return out
 
 # %% ../nbs/13_population.ipynb #62c18df4

@@ -506,7 +506,7 @@ class SelfNormalizedResets(UnitRemedy):
             state, units = self.state[s.name], torch.arange(s.n, device=self.keys.device).expand(self.m, -1)
             p = 1/state['gap'].clamp(min=1 + 1e-6)
             rare = (state['silent']*torch.log1p(-p) <= self.each_level[:, None].log()) & (state['fires'] > 0)
-            due = (state['silent'] >= self.least) & (rare | (state['silent'] >= self.most))
+            due = (self.each_level > 0)[:, None] & (state['silent'] >= self.least) & (rare | (state['silent'] >= self.most))
             self.replace(s, units, due, state['replaced'][:, None] + units)
 
 # %% ../nbs/12_remedies.ipynb #df0055e3
@@ -582,7 +582,7 @@ def concat_relu(
             layer = model.get_submodule(reader)
             w, dim = layer.weight.data, -1 if isinstance(model.get_submodule(maker), nn.Linear) else 1
             extra = torch.randn(w.shape, generator=generator(seed, 'crelu', s.name)).to(w)*w.std()
-            layer.weight = nn.Parameter(torch.cat([w, extra], 1)*.5**.5)
+            layer.weight = nn.Parameter(torch.cat([w, extra], 1)*.5**.5, layer.weight.requires_grad)
             for k in ('in_features', 'in_channels'):
                 if hasattr(layer, k): setattr(layer, k, layer.weight.shape[1])
             model.set_submodule(relu, CReLU(dim))
@@ -590,7 +590,7 @@ def concat_relu(
         if not done:
             raise ValueError(f"model: no ReLU of this {type(model).__name__} stands, at work once, between a maker of units and one reader")
         model(examples)
-    return model.train()
+    return model
 
 def _relu_between(model, order, maker, reader):
     "The one ReLU between two layers; None where it is at work twice, or a layer follows it"

@@ -405,3 +405,28 @@ def test_warnings_are_only_for_a_reason():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         Population(MODELS['mlp'], 2)(torch.randn(3, 64))
+
+def test_a_member_goes_into_models_of_its_shape_alone(data):
+    p = Population(lambda: MLP(64, 10, hidden_sizes=(1,)), 2)
+    with pytest.raises(ValueError, match='into: its .* has another shape'): p.member(0, into=MLP(64, 10, hidden_sizes=(6,)))
+    into = MLP(64, 10, hidden_sizes=(1,))
+    assert p.member(1, into=into) is into and same(into, p.member(1))
+
+class Words(nn.Module):
+    def __init__(self): super().__init__(); self.e, self.head = nn.Embedding(17, 4, max_norm=1.), nn.Linear(256, 10)
+    def forward(self, x): return self.head(self.e(x.flatten(1).long().clamp(0, 16)).flatten(1))
+
+def test_embeddings_with_a_largest_norm(data):
+    p = Population(Words, 2)
+    PopulationTrainer(p, own_orders(data, p), 'sgd', lr=.1, batch_size=50, device='cpu').fit(2)
+    for i in (0, 1):
+        alone = made(Words, i)
+        Trainer(alone, data, 'sgd', lr=.1, batch_size=50, device='cpu', seed=i).fit(2)
+        assert same(alone, p.member(i))
+
+def test_noise_makes_no_links():
+    p = Population(lambda: nn.Sequential(nn.Flatten(), random_layer(64, 10, .7)), 2)
+    d = get_data('digits').subset(train=60, test=20)
+    PopulationTrainer(p, d, 'noisy_sgd', lr=.1, noise=.1, batch_size=20, device='cpu').fit(1)
+    layer = p.member(0)[1]
+    assert layer.full and not layer.values[~layer.present].any()

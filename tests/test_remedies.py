@@ -622,3 +622,23 @@ def test_models_without_plain_layers_are_refused():
     (lambda: UPGD(two().parameters(), weight_decay=-1.), 'weight_decay: got -1.0, takes 0 or more')])
 def test_settings_are_checked_where_they_are_given(make, message):
     with pytest.raises(ValueError, match=message): make()
+
+def test_a_member_whose_level_is_zero_keeps_its_units():
+    from plasticity.population import PopulationTrainer
+    levels, make, d = [.01, 0., .01], lambda: MLP(DIGITS.shape, 10, (8, 8)), DIGITS.subset(train=96, test=20)
+    snr = SelfNormalizedResets(levels, every=1, least=1, most=2)
+    p = Population(make, 3)
+    PopulationTrainer(p, own_orders(d, p), 'sgd', lr=.05, batch_size=16, device='cpu', callbacks=[snr]).fit(3)
+    counts = sum(s['replaced'] for s in (snr.state if snr.state else snr.held[2]).values())
+    assert counts[0] > 0 and counts[1] == 0 and counts[2] > 0
+    with seeded(1, 'model'): alone = make()
+    Trainer(alone, d, 'sgd', lr=.05, batch_size=16, device='cpu', seed=1).fit(3)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), p.member(1).parameters(), strict=True))
+
+def test_concat_relu_keeps_mode_and_frozen_weights():
+    m = net().eval()
+    reader = [k for k, v in m.named_parameters() if v.ndim == 2][1]
+    m.get_parameter(reader).requires_grad_(False)
+    concat_relu(m, DIGITS.probe(2)[0])
+    assert not m.training and not m.get_parameter(reader).requires_grad
+    assert concat_relu(net().train(), DIGITS.probe(2)[0]).training
