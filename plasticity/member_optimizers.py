@@ -51,22 +51,26 @@ class MemberOptimizer(torch.optim.Optimizer):
         if any(len(p) != self.n for p in params):
             raise ValueError(f'params: got first dimensions {sorted({len(p) for p in params})}, takes stacked parameters')
         super().__init__(params, {k: _setting(k, v, self.n) if k in self.SETTINGS else v for k, v in settings.items()})
-        self._held = {}
+        self._held, self.pulls = {}, {} # pulls: id of a remedy -> remedy, kind, strength
+
+    def _each(self, g):
+        "Settings of a group, and the strengths of remedies"
+        return {k: g[k] for k in self.SETTINGS} | {k: v for k, (_, _, v) in self.pulls.items()}
 
     def sync(self):
         "Copy settings that changed to the device; the only thing a captured step needs from outside"
         for j, g in enumerate(self.param_groups):
             dev = g['params'][0].device
-            for k in self.SETTINGS:
-                if dev.type == 'cpu' or (not isinstance(g[k], torch.Tensor) and k != 'lr'): continue
-                v = g[k] if isinstance(g[k], torch.Tensor) else torch.full((self.n,), g[k], dtype=torch.float64)
+            for k, v in self._each(g).items():
+                if dev.type == 'cpu' or (not isinstance(v, torch.Tensor) and k != 'lr'): continue
+                if not isinstance(v, torch.Tensor): v = torch.full((self.n,), v, dtype=torch.float64)
                 old, held = self._held.get((j, k), (None, None))
                 if held is None: self._held[j, k] = v.clone(), v.to(dev, torch.float32)
                 elif not torch.equal(v, old): held.copy_(v); self._held[j, k] = v.clone(), held
 
     def _parts(self, j, g):
         "(slice, settings) to update one after another"
-        s = {k: g[k] for k in self.SETTINGS}
+        s = self._each(g)
         if g['params'][0].device.type == 'cpu': return _runs(s, self.n)
         return [(slice(None), {k: self._held[j, k][1] if (j, k) in self._held else v for k, v in s.items()})]
 
@@ -100,11 +104,12 @@ def update(self,
     "One step with these gradients; runs on the device alone, where there is one"
     if self.clip: grads = clip_members(grads, self.clip)
     for j, (g, gs) in enumerate(zip(self.param_groups, grads, strict=True)):
-        gs = self._noisy(j, g, gs)
+        for p, d in zip(g['params'], gs, strict=True):
+            if d is not None and not self.state[p]: self.state[p].update(self._start(p, g))
+        gs = self._noisy(j, g, [self._joined(j, g, p, d) for p, d in zip(g['params'], gs, strict=True)])
         for p, d in zip(g['params'], gs, strict=True):
             if d is None: continue
             state = self.state[p]
-            if not state: state.update(self._start(p, g))
             before = self._before(p, g, state)
             for at, s in self._parts(j, g): self._change(p[at], d[at], {k: v[at] for k, v in state.items() if v.ndim}, s, g, before)
 
@@ -113,7 +118,22 @@ def update(self,
 def _start(self, p, g):
     "What is remembered of a parameter"
     out = {k: torch.zeros_like(p) for k in self.moments(g)}
-    return out | (dict(start=p.detach().clone()) if not _off(g['l2_init']) else {}) | dict(count=torch.zeros((), device=p.device))
+    return out | (dict(start=p.detach().clone()) if self._homes(g) else {}) | dict(count=torch.zeros((), device=p.device))
+
+@method(MemberOptimizer)
+def _homes(self, g): return not _off(g['l2_init']) or any(kind == 'home' and not _off(v) for _, kind, v in self.pulls.values())
+
+@method(MemberOptimizer)
+def _joined(self, j, g, p, d):
+    "The gradient with what remedies pull, before noise, moments and decay: as hooks before the step of one network do it"
+    if d is None or not self.pulls: return d
+    d = d.clone()
+    for at, s in self._parts(j, g):
+        for k, (_, kind, _) in self.pulls.items():
+            if _off(s[k]): continue
+            if kind == 'shrink': p[at].mul_(1 - s['lr']*s[k] if isinstance(s['lr'], float) else 1 - _wide(s['lr']*s[k], p))
+            else: _add_(d[at], p[at] - self.state[p]['start'][at] if kind == 'home' else p[at], s[k])
+    return d
 
 @method(MemberOptimizer)
 def _before(self, p, g, state): "Numbers that all members share in this step"; state['count'] += 1

@@ -226,15 +226,10 @@ class Pull(Callback):
         "Stop"
         if self.hook: self.hook.remove()
         self.hook = None
-    def join(self, optimizer, option, factor=1.):
-        "Add the strength of each member to a setting of their optimizer, once"
-        n, new = optimizer.n, per_member('strength', self.strength, optimizer.n)*factor
-        pulls = optimizer.__dict__.setdefault('pulls', {})
-        pulls[option, id(self)] = self, new
-        for g in optimizer.param_groups:
-            own = per_member(option, g.setdefault(f'own_{option}', g[option]), n)            # what was set without remedies
-            v = own + sum(w for (o, _), (_, w) in pulls.items() if o == option)
-            g[option] = v[0].item() if (v == v[0]).all() else v
+    def join(self, optimizer, kind, factor=1.):
+        "Let a population's optimizer pull so, with the strength of each member"
+        v = per_member('strength', self.strength, optimizer.n)*factor
+        optimizer.pulls[id(self)] = self, kind, v[0].item() if (v == v[0]).all() else v
     def set_members(self, optimizer):
         raise ValueError(f'model: got a population; {type(self).__name__} takes one network')
     def forget_all(self): "Nothing of another network"
@@ -266,10 +261,10 @@ class L2Init(Pull):
             p.grad.add_(p - self.home[k], alpha=2*self.strength)
 
     def set_members(self, optimizer):
-        "One strength for each member, as a setting of their optimizer"
+        "One strength for each member"
         states = [optimizer.state.get(p) for g in optimizer.param_groups for p in g['params']]
         if any(s and 'start' not in s for s in states): raise ValueError('optimizer: it has made steps, so where weights started is gone')
-        self.join(optimizer, 'l2_init', 2.)
+        self.join(optimizer, 'home', 2.)
 
     def state_dict(self): return dict(home=self.home)
     def load_state_dict(self, state): self.model, self.home = None, state['home']
@@ -294,12 +289,7 @@ class WeightDecay(Pull):
                 if self.decoupled: p.mul_(1 - g['lr']*self.strength)
                 else: p.grad.add_(p, alpha=self.strength)
 
-    def set_members(self, optimizer):
-        for g in optimizer.param_groups:
-            if self.decoupled and 'decoupled' not in g:
-                raise ValueError(f'decoupled: got True with {type(optimizer).__name__}, which decays through the gradient; takes False')
-            if self.decoupled: g['decoupled'] = True
-        self.join(optimizer, 'weight_decay')
+    def set_members(self, optimizer): self.join(optimizer, 'shrink' if self.decoupled else 'decay')
 
 # %% ../nbs/12_remedies.ipynb #12195414
 def plain_layers(net): # [(weight name, bias name or None)]

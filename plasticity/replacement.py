@@ -126,6 +126,7 @@ class Remedy(Callback):
             raise ValueError(f"every: got {every!r}, takes a positive integer or 'task'")
         self.every, self.seed, self.count, self.held = every, seed, 0, None
         self.members = self.leave = self.trainer = self.model = None
+        self.late = False                                                                        # acts between a population's steps
 
     def before_fit(self, trainer):
         self.attach(trainer.model, trainer.optimizer, trainer.seed if self.seed is None else self.seed, trainer)
@@ -137,8 +138,8 @@ class Remedy(Callback):
     def after_step(self, trainer=None, steps=1):
         "Count steps; act where that does not happen inside the step"
         before, self.count = self.count, self.count + steps
-        if not self.members: self.observe()
-        if self.every == 'task' or (self.every == 1 and self.members): return
+        if not self.members or self.late: self.observe()
+        if self.every == 'task' or (self.every == 1 and self.members and not self.late): return
         if self.count//self.every > before//self.every: self.act()
 
     def forget_all(self): "Nothing of another network"; self.held, self.count = None, 0
@@ -169,7 +170,9 @@ def attach(self,
     seeds = model.seeds if self.members and self.seed is None else [seed]*n
     self.keys = torch.tensor([stream_seed(s, type(self).__name__) & 0xffffffff for s in seeds[self.part]], device=device)
     self.start(device)
-    if self.members: self.enter(optimizer)
+    first = trainer.callbacks[:trainer.callbacks.index(self)] if self in getattr(trainer, 'callbacks', ()) else ()
+    self.late = any(isinstance(c, Remedy) and (c.late or c.every not in (1, 'task')) for c in first)
+    if self.members and not self.late: self.enter(optimizer)
     return self
 
 # %% ../nbs/11b_replacement.ipynb #d425d403

@@ -86,7 +86,8 @@ class NoisySGD(torch.optim.SGD):
                 size = p.grad.norm() if g['per'] == 'tensor' else p.grad.abs()
                 p.grad.add_(torch.randn_like(p.grad) * size, alpha=g['noise'])
             g['noise'] *= g['noise_decay']
-        super().step()
+        step = torch.optim.SGD.step
+        (step.__wrapped__ if getattr(step, 'hooked', False) else step)(self)                 # the hooks are those of this step
         return loss
 
 # %% ../nbs/03_training.ipynb #ff65a793

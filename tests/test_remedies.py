@@ -392,7 +392,7 @@ def test_arms_of_one_kind_add_up_and_two_fits_are_one():
         for n in fits: t.fit(steps=n)
         return t, pop, arms
     (t, a, arms), (_, b, _) = run(16), run(7, 9)
-    assert t.optimizer.param_groups[0]['l2_init'].tolist() == [.2, .6]
+    assert [v.tolist() for _, _, v in t.optimizer.pulls.values()] == [[.2, 0.], [0., .6]]
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert all(r.state['layers.0.linear']['replaced'].item() > 5 for r in arms[2:])
     for i, (l, r) in enumerate(((.1, .1), (.3, .2))):
@@ -426,7 +426,6 @@ def test_members_refuse_what_they_cannot():
     opt = member_optimizer('sgd', pop, lr=.1)
     with pytest.raises(ValueError, match='one network'): SpectralRegularization().attach(pop, opt)
     with pytest.raises(ValueError, match='takes a number or one for each of 2'): ContinualBackprop(torch.ones(3)).attach(pop, opt)
-    with pytest.raises(ValueError, match='decoupled'): WeightDecay(.1).attach(pop, opt)
 
 def test_units_of_a_switched_population_are_found_in_a_plain_model():
     def make(s): return switch_norm(MLP(DIGITS.shape, 10, (8, 8), normalization='layer', bias=True), s == 1)
@@ -642,3 +641,30 @@ def test_concat_relu_keeps_mode_and_frozen_weights():
     concat_relu(m, DIGITS.probe(2)[0])
     assert not m.training and not m.get_parameter(reader).requires_grad
     assert concat_relu(net().train(), DIGITS.probe(2)[0]).training
+
+def alike(remedies, optimizer='sgd', **options):
+    "Whether members with remedies become what each network alone becomes, bit for bit"
+    make, d = lambda: MLP(DIGITS.shape, 10, (8, 8)), DIGITS.subset(train=96, test=20)
+    options = dict(lr=.02, batch_size=16, device='cpu', eval_every=0) | options
+    p = Population(make, 2)
+    Trainer(p, own_orders(d, p), optimizer, callbacks=remedies(), **options).fit(2)
+    for i in (0, 1):
+        with seeded(i, 'model'): m = make()
+        Trainer(m, d, optimizer, callbacks=remedies(), seed=i, **options).fit(2)
+        if not all(torch.equal(a, b) for a, b in zip(m.parameters(), p.member(i).parameters(), strict=True)): return False
+    return True
+
+@pytest.mark.parametrize('optimizer, options', [
+    ('sgd', dict(weight_decay=.03, clip=.1)), ('adamw', dict(weight_decay=.3)), ('noisy_sgd', dict(noise=.1, momentum=.9, clip=.5))])
+@pytest.mark.parametrize('remedies', [
+    lambda: [L2Init(.05)], lambda: [WeightDecay(.1)], lambda: [WeightDecay(.1, decoupled=False)],
+    lambda: [L2Init(.05), WeightDecay(.1, decoupled=False)], lambda: [WeightDecay(.1), L2Init(.2)]])
+def test_pulls_on_members_come_before_noise_and_decay(remedies, optimizer, options):
+    assert alike(remedies, optimizer, **options)
+
+@pytest.mark.parametrize('remedies', [
+    lambda: [ReDo(.6, every=4), WeightClip(.05)], lambda: [ShrinkPerturb(.9, .05, every=3), HareTortoise(.9, every=5)],
+    lambda: [ShrinkPerturb(.9, .05, every=3), ContinualBackprop(.3, maturity=1, utility='adaptable')],
+    lambda: [HareTortoise(.9, every=5), WeightClip(.05), ReDo(.7, every=3), L2Init(.01)]])
+def test_remedies_of_members_act_in_their_order(remedies):
+    assert alike(remedies, 'adamw')

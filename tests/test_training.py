@@ -263,3 +263,11 @@ def test_an_interrupt_in_the_last_evaluation_is_raised():
     t = trainer(callbacks=[Press()])
     with pytest.raises(KeyboardInterrupt): t.fit(1)
     assert t.epoch == 1
+
+def test_hooks_of_a_noisy_step_are_called_once():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from then on torch calls hooks in every step of SGD
+    w, calls = nn.Parameter(torch.ones(2)), []
+    opt = NoisySGD([w], lr=.1, noise=0.)
+    opt.register_step_pre_hook(lambda *_: calls.append('pre')); opt.register_step_post_hook(lambda *_: calls.append('post'))
+    w.grad = torch.ones(2); opt.step()
+    assert calls == ['pre', 'post'] and torch.equal(w, torch.full((2,), .9))
