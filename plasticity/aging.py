@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, vmap
 
 from .metrics import Rows, dead_fraction, duplicate_fraction, effective_rank, rank_at, stable_rank
-from .monitors import select, unit_axis
+from .monitors import FIRST, KEEP, LAST, select, unit_axis
 from .population import Population, Step
 from .results import Table, did_you_mean, generator
 from .training import evaluating
@@ -92,12 +92,20 @@ def member_activations(
     def run(params, buffers, x):
         functional_call(net, (params, buffers), (x,))
         return dict(kept)
-    hooks = [m.register_forward_hook(lambda m, i, o, k=k: kept.__setitem__(k, o)) for k, m in chosen.items()]
+    def keep(k):
+        def hook(m, args, h): # where the units are, for what comes next and for `member_rows`
+            if isinstance(h, torch.Tensor) and h.ndim > 2: h._unit_axis = axes[k] = unit_axis(m, h, args[0] if args else None)
+            if k in chosen: kept[k] = h
+        return hook
+    axes, told = {}, (*FIRST, *LAST, *KEEP)
+    hooks = [m.register_forward_hook(keep(k)) for k, m in net.named_modules() if k in chosen or isinstance(m, told)]
     try:
         with evaluating(net), torch.no_grad():
             out = vmap(run, (0, 0, 0 if own else None))(dict(net.named_parameters()), dict(net.named_buffers()), x)
     finally:
         for h in hooks: h.remove()
+    for k, h in out.items():
+        if isinstance(h, torch.Tensor): h._unit_axis = axes.get(k, h.ndim - 2) + 1
     return {k: (m, out[k]) for k, m in chosen.items() if k in out}
 
 # %% ../nbs/13b_aging.ipynb #c362ff60
@@ -107,7 +115,7 @@ def member_rows(
     rows:int=2048 # at most
 ) -> Rows: # of (members, rows, units)
     "Outputs as the metrics take them, with a first dimension over members"
-    axis = unit_axis(module, h[0]) + 1
+    axis = getattr(h, '_unit_axis', None) or unit_axis(module, h[0]) + 1
     x = h.detach().movedim(axis, -1)
     top = x.abs().flatten(2, -2).amax(2) if h.ndim > 3 and axis == 2 else None           # (members, images, channels)
     x = x.flatten(1, -2)                                                                  # (members, samples x positions, units)

@@ -123,7 +123,8 @@ def features(
             grads = torch.autograd.grad(value, [h for h, _ in out.values()], allow_unused=True)
     finally:
         for h in hooks: h.remove()
-    grads = [torch.zeros_like(h) if g is None else g for (h, _), g in zip(out.values(), grads, strict=True)] # none: the loss does not see it
+    # no gradient: the loss does not see the layer
+    grads = [torch.zeros_like(h) if g is None else g for (h, _), g in zip(out.values(), grads, strict=True)]
     return {k: (take_rows(h, axis, rows), take_rows(g, axis, rows)) for (k, (h, axis)), g in zip(out.items(), grads, strict=True)}
 
 # %% ../nbs/09_cloning.ipynb #546ccd9b

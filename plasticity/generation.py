@@ -119,6 +119,7 @@ def generate(
     "Continue texts"
     single = isinstance(prompts, str)
     prompts = [prompts] if single else list(prompts)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0: raise ValueError(f'n: got {n!r}, takes a whole number from 0')
     if tokenizer is None and any(isinstance(p, str) for p in prompts): raise ValueError('tokenizer: got None, takes one for texts')
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     stop, words = [stop] if isinstance(stop, str) else list(stop), tokenizer is not None

@@ -777,6 +777,8 @@ def load(self,
 ):
     """The network of a snapshot, to the last bit; with its optimizer or its trainer, which then goes on as if it had never stopped.
     Raises: SnapshotError when the store is damaged"""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f'optimizer: got a {type(optimizer).__name__}, takes a function of the parameters that gives one')
     e = self._pick(snapshot)
     wanted, path = ('model', 'extra') + (('state',) if optimizer is not None or trainer is not None else ()), self.folder/e['file']
     ready = trainer is not None and not callable(trainer)

@@ -152,7 +152,7 @@ class Sweep:
         left, mine = {}, _called(self.fn)
         for c in self.configs:
             if not (path := self.file(c)).exists(): left[config_key(c)] = c
-            elif (of := json.loads(path.read_text())['about'].get('fn', mine)) != mine:
+            elif (of := _written(path)['about'].get('fn', mine)) != mine:
                 raise ValueError(f'folder: {self.folder} holds results of {of}, this is a sweep of {mine}; takes a folder of its own')
         groups, same = {}, getattr(self.fn, 'alike', None)
         for k, c in left.items(): groups.setdefault((same and self.members > 1 and same(c)) or k, []).append(c)
@@ -207,16 +207,20 @@ def _local(s, tasks, resources, address):
     while tasks:
         task = tasks.pop(0)
         try: out = work(s.fn, task, s.folder)
-        except Exception as e: tasks += s.failed(task, e)
+        except (Exception, SystemExit) as e: tasks += s.failed(task, e)
         else: s.done(task, out)
+
+def _written(path):
+    "What a result file holds"
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path}: is no result file ({e}); delete it, and its run is done again') from e
 
 def read_sweep(
     folder, # of the result files
     configs=None # which, in their order; all that are there if None
 )->Table: # key, state, options, result, seconds
     "What a sweep's folder holds"
-    def load(p): return json.loads(p.read_text())
-    folder, rows = Path(folder), []
+    folder, rows, load = Path(folder), [], _written
     if configs is None:
         files = [*folder.glob('*.json'), *(p for p in folder.glob('*.failed') if not p.with_suffix('.json').exists())]
         configs = [load(p)['config'] for p in sorted(files)]

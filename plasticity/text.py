@@ -135,9 +135,11 @@ def encoded(
     vocab_size:int=4096 # tokens of 'bpe'
 ): # (tokens, mapped from the file; tokenizer)
     "A text as numbers, from the file if there is one"
+    def stamps(paths): return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     remote = isinstance(path, str) and path.startswith('hf:')
-    stamp = [path] if remote else [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(path, files)]
-    key = hashlib.sha256(repr((stamp, files, str(tokenizer), vocab_size)).encode()).hexdigest()[:16]
+    stamp = [path] if remote else stamps(text_files(path, files))
+    own = stamps(p.resolve() for n in ('vocab.json', 'merges.txt') if (p := Path(tokenizer)/n).is_file()) # a tokenizer of files
+    key = hashlib.sha256(repr((stamp, files, own or str(tokenizer), vocab_size)).encode()).hexdigest()[:16]
     about, raw = Path(folder)/f'text-{key}.json', Path(folder)/f'text-{key}.bin'
     if not (about.is_file() and raw.is_file()):
         t = get_tokenizer(tokenizer, texts_of(path, files), vocab_size)

@@ -165,3 +165,19 @@ def test_a_member_that_diverged_stops_nobody():
     rows = [dict(run=i, a=math.nan if i == 3 else float(i), gap=float(i)) for i in range(6)]
     assert correlations(rows, ['a'], repeats=5)[0]['points'] == 5
     with pytest.raises(ValueError, match='none is finite'): correlations(rows[3:4], ['a'])
+
+class _Sequence(torch.nn.Module):
+    "Units in the middle: (samples, units, positions)"
+    def __init__(self):
+        super().__init__()
+        self.c, self.act, self.o = torch.nn.Conv1d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Linear(4, 3)
+    def forward(self, x): return self.o(self.act(self.c(x)).mean(2))
+
+def test_units_after_a_convolution_over_time():
+    pop = Population(_Sequence, seeds=[0, 1])
+    with torch.no_grad():
+        for n, p in pop.net.named_parameters():
+            if n.endswith('c.bias'): p[:, :2] = -100  # two of four
+    x, y = draw(32, 2, 20), torch.zeros(32, dtype=torch.long)
+    assert member_report(pop, x, y)['dead'].tolist() == [.5, .5]
+    assert [r['value'] for r in report(pop.member(0), (x, y), layers='*act').where(metric='dead_fraction', layer='act')] == [.5]

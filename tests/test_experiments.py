@@ -295,3 +295,19 @@ def test_a_model_whose_default_is_a_class(tmp_path):
                                   '    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), act(), nn.Linear(width, num_classes))\n')
     r = command('--import', 'my.py', 'model=my-net', 'model.width=8', 'training=standard', 'dryrun=true', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
+
+def test_a_file_means_what_its_words_mean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('some.txt').write_text('one two three four five six. '*400)
+    tree = dict(model=dict(name='gpt', hidden_size=16, num_layers=1, num_heads=2), dataset=dict(name='text', path='some.txt', length=16))
+    Path('gpt.json').write_text(json.dumps(tree))
+    got = ex.read_run(ex.run_line('--config', 'gpt.json', 'dryrun=true', f'hydra.run.dir={tmp_path}/a'))[0]
+    assert (got['training']['name'], got['optimizer']['name'], got['optimizer']['lr']) == ('language', 'adamw', 3e-4)
+
+def test_flags_with_a_value(capsys):
+    for flag in ('--cfg', 'job'), ('-c', 'job'), ('--cfg=job',), ('-c', 'job', '-p', 'model'):
+        ex.run_line('training=standard', *flag)
+        assert 'hidden_sizes' in capsys.readouterr().out
+
+def test_no_tasks_are_refused_in_a_dry_run_too(tmp_path):
+    with pytest.raises(ex.ConfigError, match='tasks: got 0'): run('training=continual', 'task.tasks=0', 'dryrun=true', folder=tmp_path/'r')

@@ -821,3 +821,12 @@ def test_members_that_differ_in_a_setting_answer_as_they_are():
     nets = [nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(slope), nn.Linear(5, 3)) for slope in (.1, .9)]
     x = torch.randn(4, 6)
     assert torch.allclose(Ensemble(nets)(x), sum(m(x) for m in nets)/2, atol=1e-6)
+
+def test_an_optimizer_in_the_place_of_its_maker(tmp_path):
+    net = small()
+    adam = torch.optim.Adam(net.parameters())
+    store = SnapshotStore(tmp_path/'s')
+    store.save(net, adam)
+    with pytest.raises(TypeError, match='optimizer: got a Adam, takes a function of the parameters'): store.load(-1, optimizer=adam)
+    model, opt = store.load(-1, optimizer=torch.optim.Adam)
+    assert type(opt) is torch.optim.Adam and all(torch.equal(p, q) for p, q in zip(model.parameters(), net.parameters(), strict=True))

@@ -246,3 +246,23 @@ def test_a_worker_imports_what_the_line_imports(tmp_path):
     done = subprocess.run(args, cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 0 and sweep_line(*words, folder=tmp_path/'s').column('state') == ['done']
+
+def test_a_damaged_result_is_named(tmp_path):
+    configs = [dict(x=i) for i in range(3)]
+    sweep(configs, _square, tmp_path)
+    cut = Sweep(configs, _square, tmp_path, 1, 0, None).file(configs[1])
+    cut.write_text(cut.read_text()[:20])
+    for ask in (lambda: sweep(configs, _square, tmp_path), lambda: read_sweep(tmp_path), lambda: read_sweep(tmp_path, configs)):
+        with pytest.raises(ValueError, match=f'{cut.name}: is no result file'): ask()
+    cut.unlink()
+    assert sweep(configs, _square, tmp_path).column('y') == [0, 1, 4]
+
+def _square(config): return dict(y=config['x']**2)
+
+def _leaves(config):
+    if config['x'] == 1: sys.exit(3)
+    return dict(y=config['x'])
+
+def test_a_run_that_exits_is_a_run_that_fails(tmp_path):
+    rows = sweep([dict(x=i) for i in range(3)], _leaves, tmp_path, retries=0, strict=False)
+    assert rows.column('state') == ['done', 'failed', 'done'] and 'SystemExit: 3' in rows[1]['error']

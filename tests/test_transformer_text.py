@@ -147,3 +147,23 @@ def test_wrong_stops():
     with pytest.raises(ValueError, match='^stop: got .* takes strings'): generate(model(), 'a', 3, Bytes(), stop=[[1, 2]])
     free = generate(model(), [[1]], 9)[0]
     assert generate(model(), [[1]], 9, stop=[free[3:5]])[0] == free[:stopped(free, [free[3:5]])]
+
+def test_a_tokenizer_whose_files_changed_is_read_again(tmp_path):
+    pytest.importorskip('tokenizers', reason='tokenizers is missing: pip install tokenizers')
+    from tokenizers import ByteLevelBPETokenizer
+
+    from plasticity.text import encoded
+    (tmp_path/'a.txt').write_text('the cat sat on the mat. '*50)
+    own = tmp_path/'own'
+    own.mkdir()
+    def trained(text, n):
+        t = ByteLevelBPETokenizer()
+        t.train_from_iterator([text], vocab_size=n, show_progress=False)
+        t.save_model(str(own))
+        return encoded(tmp_path/'cache', tmp_path/'a.txt', tokenizer=str(own))[1].size
+    first = trained('the cat sat on the mat '*9, 262)
+    assert first != trained('zebra zebra mat sat '*9, 300) and trained('the cat sat on the mat '*9, 262) == first
+
+def test_how_many_tokens_to_write_is_checked():
+    for n in (-1, 1.5, True):
+        with pytest.raises(ValueError, match='n: got'): generate(None, [[1]], n=n)
