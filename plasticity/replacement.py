@@ -171,7 +171,8 @@ def attach(self,
     self.keys = torch.tensor([stream_seed(s, type(self).__name__) & 0xffffffff for s in seeds[self.part]], device=device)
     self.start(device)
     first = trainer.callbacks[:trainer.callbacks.index(self)] if self in getattr(trainer, 'callbacks', ()) else ()
-    self.late = any(isinstance(c, Remedy) and (c.late or c.every not in (1, 'task')) for c in first)
+    between = any(isinstance(c, Remedy) and (c.late or c.every not in (1, 'task')) for c in first)
+    self.late = between and device.type != 'cuda'                                            # a captured step holds what it can
     if self.members and not self.late: self.enter(optimizer)
     return self
 
