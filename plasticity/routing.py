@@ -316,7 +316,7 @@ def _largest(state, i, j, n, taken, width, most=2**24):
 
 # %% ../nbs/13g_routing.ipynb #2460d8fd
 class SetRouter(RandomRouter):
-    """Prunes the weakest links and puts as many at random
+    """Prunes the weakest links and puts as many at random; of a unit that the inputs reach, the strongest link from such units stays
 
     Source: Mocanu et al. 2018, arXiv 1707.04780 (SET)."""
     def __init__(self,
@@ -331,16 +331,25 @@ class SetRouter(RandomRouter):
         "Links to remove, as many random ones, and the new ones"
         g = generator(0, 'route') if g is None else g
         if counts is None: counts = self.base.propose(network, extrema, structures, g).counts()
-        links, gone = dict(counts['links']), []
+        links, gone, stays = dict(counts['links']), [], _mainstays(network)
         for i, j in network.pairs:
             rows, cols, v = network.links[f'{i}_{j}'].links()
-            k = int(self.zeta*len(v))
-            weak = v.abs().argsort(stable=True)[:k].tolist()
+            spare = v.abs().masked_fill(stays[i, j], torch.inf)
+            k = min(int(self.zeta*len(v)), int((~stays[i, j]).sum()))
+            weak = spare.argsort(stable=True)[:k].tolist()
             gone += [(i, int(cols[w]), j, int(rows[w])) for w in weak]
             if k: links[i, j] = links.get((i, j), 0) + k
         out = RandomRouter.propose(self, network, extrema, structures, g, counts=counts | dict(links=links))
         out.remove = gone
         return out
+
+def _mainstays(network):
+    "pair -> (links,) mask of the strongest link into each unit that the inputs reach, from those that they reach"
+    live, found = network.live_units()[0], {p: network.links[f'{p[0]}_{p[1]}'].links() for p in network.pairs}
+    size = {(i, j): v.abs().masked_fill(~live[i][cols], -1.) for (i, j), (_, cols, v) in found.items()}
+    top = [network.bias.detach().new_zeros(n) for n in network.layer_sizes]
+    for (i, j), (rows, _, _) in found.items(): top[j].scatter_reduce_(0, rows, size[i, j], 'amax')
+    return {(i, j): (size[i, j] >= 0) & (size[i, j] == top[j][rows]) for (i, j), (rows, _, _) in found.items()}
 
 class NoRouter:
     "Nothing"

@@ -224,7 +224,7 @@ def test_events_keep_every_number(sizes, density, activation, name, seed, events
             assert all(m.max() <= 5 for m in made[1:])
         x = torch.randn(3, n_in, generator=g)
         assert net(x).isfinite().all() and torch.allclose(net(x), net.trace(x)[-1], atol=1e-4)
-        if name != 'set': assert net.get_connectivity_stats()['outputs_reached'] == sizes[-1]
+        assert net.get_connectivity_stats()['outputs_reached'] == sizes[-1]
     if p:
         replay(net, record.inverse())
         both = zip(net.links.parameters(), old.links.parameters(), strict=True)
