@@ -112,7 +112,7 @@ PORTION = 2**20 # links whose rows are looked up at once, where they are too man
 # %% ../nbs/13d_sparse.ipynb #c01e86ce
 MODES = 'gather', 'csr', 'dense'
 DENSE_FROM = dict(cpu=.4, cuda=.1) # density from which a layer is computed as a full matrix
-FULL_FROM = .55 # density from which it is kept as one
+FULL_FROM = .4 # density from which it is kept as one
 CSR = dict(cpu=False, cuda=True) # whether 'csr' is the way below that
 
 def _check_mode(mode):
@@ -232,6 +232,8 @@ class SparseLinear(nn.Module):
         for n, v in zip(('present', 'cols', 'ptr'), places, strict=True): self.register_buffer(n, v)
         self.bias = nn.Parameter(values.new_zeros(out_features)) if bias else None
 
+    def __getstate__(self): return dict(super().__getstate__(), cache=None) # a copy makes its own
+
     def _wide(self, n):
         "Whether a layer with n links is kept as a full matrix"
         total = self.in_features*self.out_features
@@ -330,7 +332,7 @@ def cleared(
 ) -> torch.Tensor:
     "No gradient for absent links: a few are set to zero, many multiplied by it"
     a, present = index['absent'], index['present']
-    if a is None or a.is_floating_point() and a.dtype != g.dtype or index['values'] not in _partial:           # as of a copied layer
+    if a is None or a.is_floating_point() and a.dtype != g.dtype:
         many = int(present.sum()) < LISTED*len(present)
         index['absent'] = a = present.view_as(g).to(g.dtype) if many else (~present).nonzero()[:, 0]
         _look_after(index['values'], present)

@@ -282,7 +282,7 @@ def _return(q, v, h, g, stamp):
 # %% ../nbs/13e_sparse_network.ipynb #101fd3f1
 def _matrices(x, p, bias):
     "All layers as matrices"
-    h, z, act, last = [x], None, _ACT[p['act']][0], len(p['widths']) - 1
+    h, z, act, last = [x], None, getattr(torch, p['act']), len(p['widths']) - 1
     b = bias.split(p['widths'][1:])
     for i, j, m, clear in p['layers']:
         while len(h) < j: h.append(_next(z, b[len(h) - 1], act, h)); z = None
@@ -293,7 +293,7 @@ def _matrices(x, p, bias):
     while len(h) < last: h.append(_next(z, b[len(h) - 1], act, h)); z = None
     return b[-1].expand(len(x), -1) if z is None else z
 
-def _next(z, b, act, h): return act(b.expand(len(h[0]), -1).clone() if z is None else z)
+def _next(z, b, act, h): return act(b.expand(len(h[0]), -1) if z is None else z)
 
 # %% ../nbs/13e_sparse_network.ipynb #ebb849d3
 @method(MinimalNetwork)
