@@ -91,20 +91,10 @@ class Layer:
 class OpenSession(edit):
     "A session that goes on from growth to growth, each of which happens or does not"
     held = None # what going back needs, once somebody asked
+    def unused(self, plan): pass # a loss or an output may be kept over a growth
     def do(self, change):
+        super().do(change)
         self.caught_up()
-        plan = change.plan(self)
-        mark, before = self.surgeon.mark(), {n: list(find(self.model, n).shape) for n in plan.names}
-        try:
-            error = self.tried(plan)
-            if plan.after: plan.after(self.surgeon)
-        except BaseException:
-            self.surgeon.rollback(mark)
-            raise
-        tol = self.trial.tol
-        if plan.moved: plan.moved()
-        after = {n: list(t.shape) for n in plan.names if (t := find(self.model, n)) is not None}
-        self.log.append(dict(edit=change.to_json(), error=error, tol=tol, before=before, after=after, **plan.info))
         return self
 
 @method(Expandable)
