@@ -218,6 +218,7 @@ class Pull(Callback):
         self.detach()
         if self.model not in (None, model): self.forget_all()
         if hasattr(optimizer, 'SETTINGS'): self.set_members(optimizer); return self
+        self.strength = per_member('strength', self.strength, 1).item()
         self.model = model
         self.start(model)
         self.hook = optimizer.register_step_pre_hook(self.pull)

@@ -1,5 +1,5 @@
 "Remedies: hand-computed steps, members against single networks, all models"
-import copy, math
+import copy, inspect, math
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -621,6 +621,14 @@ def test_models_without_plain_layers_are_refused():
     (lambda: UPGD(two().parameters(), weight_decay=-1.), 'weight_decay: got -1.0, takes 0 or more')])
 def test_settings_are_checked_where_they_are_given(make, message):
     with pytest.raises(ValueError, match=message): make()
+
+@pytest.mark.parametrize('kind', [L2Init, WeightDecay, SpectralRegularization, ReDo, ContinualBackprop, WeightClip,
+                                  SelfNormalizedResets, ShrinkPerturb])
+def test_one_network_refuses_the_settings_of_members(kind):
+    name = next(iter(inspect.signature(kind).parameters))
+    with pytest.raises(ValueError, match=rf'{name}: got shape \(2,\), takes a number or one for each of 1 members'):
+        trained(net(), kind([.1, .2]), steps=1)
+    trained(net(), kind([.1]), steps=1)
 
 def test_a_member_whose_level_is_zero_keeps_its_units():
     from plasticity.population import PopulationTrainer
