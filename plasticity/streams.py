@@ -250,7 +250,7 @@ def label_noise(data,
 ) -> Stream:
     "A share of the training labels random, another one for each task; the test labels stay true"
     _need(data, 'label_noise', classification=True)
-    if not 0 <= share <= 1: raise ValueError(f'share: got {share}, takes 0 to 1')
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1: raise ValueError(f'share: got {share!r}, takes a number from 0 to 1')
     def make(i):
         y, g = data.y_train, generator(seed, 'label_noise', i)
         hit, wrong = torch.rand(len(y), generator=g) < share, torch.randint(data.num_classes, y.shape, generator=g)

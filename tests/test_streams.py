@@ -170,6 +170,7 @@ ERRORS = [
     (ValueError, 'flip: got', lambda: make_stream('bit_flips', flip='two')),
     (ValueError, 'period: got 0', lambda: make_stream('bit_flips', period=0)),
     (ValueError, 'share: got 1.5', lambda: make_stream('label_noise', DIGITS, share=1.5)),
+    (ValueError, "share: got 'a', takes a number", lambda: make_stream('label_noise', DIGITS, share='a')),
     (ValueError, "did you mean 'permuted'", lambda: make_stream('permutd', DIGITS)),
     (TypeError, "takes no degree=; did you mean 'degrees'", lambda: make_stream('rotated', DIGITS, degree=3)),
     (TypeError, 'permuted: takes no classes_per_task', lambda: make_stream('permuted', DIGITS, classes_per_task=2)),
