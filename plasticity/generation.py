@@ -91,10 +91,12 @@ def stream(
 ): # yields (batch,) token numbers
     "The tokens that follow, one step at a time"
     _checked(temperature, top_k, top_p, repetition_penalty)
-    device, room = model.tok.weight.device, model.room
+    device, room, words = model.tok.weight.device, model.room, model.tok.weight.shape[0]
+    for t in (t for p in prompts for t in torch.as_tensor(p, dtype=torch.long).reshape(-1).tolist() if not 0 <= t < words):
+        raise ValueError(f'prompts: got the token {t}, takes 0 to {words - 1}')
     tokens, pad = _filled(prompts, room, device)
     us = torch.stack([torch.rand(n, generator=generator(seed, 'write', i)) for i in range(len(tokens))], 1).to(device)
-    before = torch.zeros(len(tokens), model.tok.weight.shape[0], dtype=torch.bool, device=device)
+    before = torch.zeros(len(tokens), words, dtype=torch.bool, device=device)
     for row, p in zip(before, prompts, strict=True): row[torch.as_tensor(p, dtype=torch.long).reshape(-1).to(device)] = True
     kept = None
     for u in us:

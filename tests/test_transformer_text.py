@@ -137,6 +137,9 @@ def test_wrong_knobs(options):
 def test_wrong_prompts():
     with pytest.raises(ValueError, match='prompts'): generate(model(), [[]], 3)
     with pytest.raises(ValueError, match='tokenizer'): generate(model(), 'hello', 3)
+    n = model().tok.weight.shape[0]
+    for t in (-1, n):
+        with pytest.raises(ValueError, match=f'prompts: got the token {t}, takes 0 to {n - 1}'): generate(model(), [[1], [2, t]], 3)
     for one in ([1, 2, 3], torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match='prompts: got single tokens'): generate(model(), one, 3)
     assert len(generate(model(), torch.tensor([[1, 2], [3, 4]]), 3)) == len(generate(model(), [torch.tensor([[1, 2]])]*2, 3)) == 2
