@@ -7,6 +7,8 @@ __all__ = ['MemberOptimizer', 'step', 'update', 'moments', 'MemberSGD', 'mix', '
            'clip_members']
 
 # %% ../nbs/12a_member_optimizers.ipynb #6464fb1b
+import math
+
 import torch
 
 from .results import method, stream_seed
@@ -20,8 +22,8 @@ def _setting(name, value, n):
         if value.ndim and value.shape != (n,):
             raise ValueError(f'{name}: got shape {tuple(value.shape)}, takes a number or one for each of {n} members')
         value = value.item() if value.ndim == 0 else value
-    low = min(value.tolist()) if isinstance(value, torch.Tensor) else value
-    if not low >= 0: raise ValueError(f'{name}: got {low}, takes 0 or more')
+    bad = [v for v in (value.tolist() if isinstance(value, torch.Tensor) else [value]) if not 0 <= v < math.inf]
+    if bad: raise ValueError(f'{name}: got {bad[0]}, takes 0 or more, and less than infinity')
     return value
 
 def _runs(settings, n):

@@ -163,6 +163,9 @@ def test_noise_per_tensor_and_element():
 def test_settings_that_make_no_sense():
     p = [nn.Parameter(torch.zeros(3, 2))]
     with pytest.raises(ValueError, match='lr: got shape'): MemberSGD(p, lr=[.1, .2])
+    for bad in (float('nan'), float('inf')):
+        for lr in (bad, [.1, bad, .1]):
+            with pytest.raises(ValueError, match=f'lr: got {bad}'): MemberSGD(p, lr=lr)
     with pytest.raises(ValueError, match='momentum: got -1'): MemberSGD(p, lr=.1, momentum=[0, 0, -1])
     with pytest.raises(ValueError, match='betas'): MemberAdam(p, betas=(.9, 1.))
     with pytest.raises(ValueError, match='stacked'): MemberSGD([*p, nn.Parameter(torch.zeros(2, 2))])
