@@ -229,12 +229,15 @@ def preview(self,
     finally:
         session.surgeon.rollback()
         session.surgeon.journal.clear()
-    rows = [dict(what='outputs, relative change', before=None, after=max(map(_moved, new, old), default=0.))]
+    what, moved = _moved(new, old)
+    rows = [dict(what=f'outputs, {what}', before=None, after=moved)]
     return Table([*rows, *(dict(what=k, before=before[k], after=after[k]) for k in before)])
 
 def _moved(new, old):
-    "The largest change of an output, as a share of the largest output"
-    return ((new - old).abs().max()/old.abs().max()).item() if old.numel() else 0.
+    "The largest change of an output, as a share of the largest output; as it is where one was all zero and moved"
+    pairs = [((n - o).abs().max().item(), o.abs().max().item()) for n, o in zip(new, old, strict=True) if o.numel()]
+    if any(size == 0 and change for change, size in pairs): return 'change from zero', max(change for change, _ in pairs)
+    return 'relative change', max((change/size if change else 0. for change, size in pairs), default=0.)
 
 def replayed(surgeon, record):
     "The operations of a record"
@@ -300,8 +303,9 @@ def _hear(self, widget, message, buffers):
     try:
         if message.get('type') == 'preview':
             rows = self.preview(verb, column, index or [])
-            change = rows[0]['after']
-            words = 'the outputs stay as they are' if change < 1e-5 else f'the outputs change by {change:.2%} of the largest'
+            what, change = rows[0]['what'], rows[0]['after']
+            words = (f'the outputs, zero before, change by {change:.3g}' if what.endswith('from zero') else
+                     'the outputs stay as they are' if change < 1e-5 else f'the outputs change by {change:.2%} of the largest')
             told = [[r['what'], f"{r['before']:.4g} → {r['after']:.4g}"] for r in rows[1:]]
             self.send(dict(type='preview', verb=verb, column=column, index=index, text=f'{verb}: {words}', rows=told, ask=True))
         elif message.get('type') == 'do':

@@ -21,7 +21,7 @@ from plasticity.snapshots import SnapshotManager
 from plasticity.sparse_network import MinimalNetwork
 from plasticity.stills import plot_health_film, plot_topology, plot_widths, short_names
 from plasticity.training import Callback, Trainer
-from plasticity.widgets import ACTS, STATIC, TopologyView, script
+from plasticity.widgets import ACTS, STATIC, TopologyView, _moved, script
 
 NODE = shutil.which('node')
 
@@ -468,6 +468,19 @@ def test_the_buttons(digits):
     view.selected = ['layers.1.linear', 2]
     row = view.preview('prune').where(what='parameters')[0]
     assert row['after'] < row['before']
+
+def test_change_of_outputs_that_were_zero():
+    zero, one, two = torch.zeros(2, 3), torch.ones(2, 3), torch.full((2, 3), 2.)
+    assert _moved([zero], [zero]) == ('relative change', 0) and _moved([two], [one]) == ('relative change', 1)
+    assert _moved([two], [zero]) == ('change from zero', 2) and _moved([one, two], [zero, two]) == ('change from zero', 1)
+    assert _moved([two, zero], [one, zero]) == ('relative change', 1) and _moved([], []) == ('relative change', 0)
+
+def test_a_preview_where_outputs_were_zero(digits):
+    view, t = live(digits)
+    with torch.no_grad():
+        for p in t.model.parameters(): p.zero_()
+    row = view.preview('prune', 'layers.0.linear', [3])[0]
+    assert row['what'] == 'outputs, relative change' and row['after'] == 0
 
 def test_training_goes_on_after_acts(digits):
     view, t = live(digits)
