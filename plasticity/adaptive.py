@@ -366,15 +366,18 @@ def adaptive(experiment,
     bits:int=8 # of quantized weights
 ):
     "Train a network that grows, prunes and quantizes on schedules"
+    from plasticity.experiments import ConfigError, building
     e = experiment
     if own := dict(gpt='language', vae='vae').get(name := e.choice('model')):
-        from plasticity.experiments import ConfigError
         raise ConfigError(f"training: 'adaptive' takes a classifier, got model={name}, which takes training={own}")
     with seeded(seed, 'model'): e.model = _network(e, skip, random_start, seed)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, augment=not no_augment)
-    grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
-    trainer.callbacks += adaptation(grow_on, prune_every, quantize_every, layers_every, grow_of, grow_threshold, grow_ratio,
-                                    prune_threshold, bits, max_width, max_depth, solved)
+    for k, v in dict(grow_every=grow_every, prune_every=prune_every, layers_every=layers_every, quantize_every=quantize_every).items():
+        if v < 0: raise ConfigError(f'{k}: got {v}, takes a number of steps, 0 for never')
+    with building():
+        grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
+        trainer.callbacks += adaptation(grow_on, prune_every, quantize_every, layers_every, grow_of, grow_threshold, grow_ratio,
+                                        prune_threshold, bits, max_width, max_depth, solved)
     if e.config['resume']: return trainer.load(e.folder).fit()
     return trainer.fit(e.epochs(epochs))
 

@@ -295,6 +295,7 @@ def cloning(experiment,
     o = experiment.options('metrics')
     probe, every = min(o['probe'], 64) if experiment.dry else o['probe'], o['metrics_frequency']
     with building():
+        if num_expansions < 0: raise ValueError(f'num_expansions: got {num_expansions}, takes a whole number from 0')
         if experiment.growth() is not None: raise ValueError('growth: got a strategy; training=cloning, which counts copies, takes none')
         e = Expand([first + i*each for i in range(num_expansions)], expansion_factor, heads, track_base, probe=probe*bool(every),
                    every=max(1, every), path=experiment.folder/'cloning.jsonl')

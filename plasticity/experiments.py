@@ -11,7 +11,7 @@ __all__ = ['TRAININGS', 'POLICIES', 'GROWTHS', 'DISTRIBUTED', 'TRACKERS', 'SHOWN
            'main']
 
 # %% ../nbs/21_experiments.ipynb #402e742d
-import dataclasses, html, inspect, json, os, re, shutil, socket, sys, tempfile, typing, warnings
+import dataclasses, html, inspect, json, math, os, re, shutil, socket, sys, tempfile, typing, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -252,6 +252,8 @@ class Record(Callback):
         o = experiment.options('metrics')
         for k, least in (('probe', 1), ('metrics_frequency', 0)):
             if o[k] < least: raise ValueError(f'metrics.{k}: got {o[k]}, takes a whole number from {least}')
+        for k, most in dict(dead_threshold=1, corr_threshold=1, saturation_threshold=math.inf, saturation_percentage=1).items():
+            if not 0 <= o[k] <= most: raise ValueError(f"metrics.{k}: got {o[k]}, takes {'0 to 1' if most == 1 else '0 or more'}")
         self.every, self.size = o['metrics_frequency'], min(o['probe'], 64) if experiment.dry else o['probe']
         self.thresholds = dict(dead_fraction=dict(share=o['dead_threshold']), duplicate_fraction=dict(threshold=o['corr_threshold']),
                                saturated_fraction=dict(threshold=o['saturation_threshold'], share=o['saturation_percentage']))

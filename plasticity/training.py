@@ -245,6 +245,8 @@ class Trainer:
         _check(isinstance(accumulate, int) and accumulate > 0, 'accumulate', accumulate, 'a positive integer')
         _check(precision in _DTYPES, 'precision', precision, ', '.join(_DTYPES))
         _check(callable(schedule) or schedule in SCHEDULES, 'schedule', schedule, 'a function or ' + ', '.join(SCHEDULES))
+        _check(not isinstance(lr, float) or math.isfinite(lr), 'lr', lr, 'a finite number')
+        _check(isinstance(warmup, int) and warmup >= 0, 'warmup', warmup, 'a number of steps, 0 or more')
         _check(clip is None or clip > 0, 'clip', clip, 'a positive number or None')
         self.device = pick_device(device)
         self.model, self.data = model.to(self.device), data.to(self.device)

@@ -319,16 +319,19 @@ def vae_training(experiment,
     bits:int=8 # of quantized weights
 ):
     "Train an autoencoder that grows, prunes and quantizes on schedules"
+    from plasticity.experiments import ConfigError, building
     e = experiment
     if not isinstance(e.model, AdaptiveVAE):
-        from plasticity.experiments import ConfigError
         raise ConfigError(f"training: 'vae' takes model=vae, got model={e.choice('model')}")
     e.data = pictures(e.data, e.model.likelihood == 'bernoulli' if binary is None else binary)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, clip=clip, precision=precision, augment=augment,
                         loss=e.model.loss)
-    grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
-    trainer.callbacks += [*([Warmup(warmup_kl)] if warmup_kl else []), Diary(), *adaptation(
-        grow_on, prune_every, quantize_every, grow_threshold, prune_threshold, grow_ratio, max_channels, max_latent, bits)]
+    for k, v in dict(warmup_kl=warmup_kl, grow_every=grow_every, prune_every=prune_every, quantize_every=quantize_every).items():
+        if v < 0: raise ConfigError(f'{k}: got {v}, takes a number of steps, 0 for none')
+    with building():
+        grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
+        trainer.callbacks += [*([Warmup(warmup_kl)] if warmup_kl else []), Diary(), *adaptation(
+            grow_on, prune_every, quantize_every, grow_threshold, prune_threshold, grow_ratio, max_channels, max_latent, bits)]
     trainer = trainer.load(e.folder).fit() if e.config['resume'] else trainer.fit(e.epochs(epochs))
     pictures_of(trainer, e.folder)
     return trainer

@@ -50,6 +50,13 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     (['training=standrad'], 'standard'), (['metrics.dead_treshold=.9'], 'metrics.dead_threshold'),
     (['optimizer=sgd', 'optimizer.momentum=x'], 'momentum'), (['dryrun=maybe'], 'dryrun'), (['model.hidden_sizes=[8'], 'hidden_sizes'),
     (['training.epochs=-1'], 'epochs: got -1'), (['metrics.probe=0'], 'metrics.probe: got 0'),
+    (['training=standard', 'training.warmup=-5'], 'warmup: got -5'),
+    (['metrics.dead_threshold=2'], 'metrics.dead_threshold: got 2.0, takes 0 to 1'),
+    (['metrics.saturation_threshold=-1'], 'metrics.saturation_threshold: got -1.0'),
+    (['training=cloning', 'training.num_expansions=-1'], 'num_expansions: got -1'),
+    (['training=adaptive', 'training.prune_every=-5'], 'prune_every: got -5'),
+    (['training=adaptive', 'training.grow_ratio=-1'], 'ratio: got -1'),
+    (['model=vae', 'training=vae', 'training.warmup_kl=-5'], 'warmup_kl: got -5'),
     (['training=vae'], 'takes model=vae, got model=mlp'), (['training=language'], 'takes dataset=text, got dataset=digits')])
 def test_wrong_words_get_one_line(words, says, tmp_path):
     with pytest.raises(ex.ConfigError) as e: run(*words, folder=tmp_path/'r')

@@ -1,4 +1,4 @@
-import copy, json, os, signal, threading
+import copy, json, math, os, signal, threading
 
 import pytest
 import torch
@@ -160,6 +160,7 @@ def test_compile_flag():
 
 BAD = [(dict(batch_size=0), 'batch_size'), (dict(batch_size=2.5), 'batch_size'), (dict(precision='fp8'), 'precision'),
        (dict(schedule='cosin'), 'schedule'), (dict(clip=-1.), 'clip'), (dict(accumulate=0), 'accumulate'),
+       (dict(warmup=-5), 'warmup: got -5'), (dict(lr=math.inf), 'lr: got inf'),
        (dict(optimizer='addam'), 'adam'), (dict(device='gpu'), 'device'), (dict(seed=.5), 'seed')]
 
 @pytest.mark.parametrize('bad, name', BAD)
