@@ -769,3 +769,27 @@ def test_speed():
     start = time.process_time()
     u = units(model.eval(), x)
     assert len(u) == 37 and time.process_time() - start - forwards < 2
+
+class ThreeOperands(zoo.RawEinsum):
+    "The zoo's attention with values and projection in one einsum"
+    def __init__(self, equation, order): super().__init__(); self.equation, self.order = equation, order
+    def forward(self, x):
+        q, k, v = (torch.einsum('btd,hdk->bhtk', x, w) for w in (self.wq, self.wk, self.wv))
+        a = torch.einsum('bhtk,bhsk->bhts', q, k).softmax(-1)
+        return (torch.einsum(self.equation, *([a, v, self.wo][i] for i in self.order)) @ self.w1 + self.b1) @ self.w2
+
+def test_an_einsum_of_three_is_refused_for_what_it_is():
+    x = torch.randn(4, 5, 6)
+    us = units(ThreeOperands('bhts,bhsk,hkd->btd', (0, 1, 2)), x)
+    assert us['wq.heads'].n == 3 and 'prune' in us['wq.heads'].can
+    us = units(ThreeOperands('bhts,hkd,bhsk->btd', (0, 2, 1)), x)
+    for name in ('wq.heads', 'wv.head_dim'):
+        error, reason = us[name].blocked['widen']
+        assert error == 'BilinearUnits' and 'einsum of three or more tensors' in reason and not us[name].can
+    assert 'einsum' not in us['wq.head_dim'].blocked['widen'][1]
+
+def test_heads_flattened_in_two_orders_are_no_single_unit():
+    us = units(ThreeOperands('bhts,bhsc,hcd->btd', (0, 1, 2)), torch.randn(4, 5, 6)) # an einsum sums c before h
+    assert not any(g.n == 1 and g.can for g in us)
+    crossed = [g.blocked[v] for g in us if g.n == 1 for v in VERBS]
+    assert crossed and all(e == 'MixedUnits' and 'flattened in an order' in r for e, r in crossed)
