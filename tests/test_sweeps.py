@@ -131,6 +131,13 @@ def test_a_wrong_word_gets_one_line(word, says, monkeypatch, capsys):
         said = capsys.readouterr()
         assert e.value.code == 2 and said.err.startswith(f'{name}: {says}') and said.err.count('\n') == 1 and not said.out
 
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_step_size_that_is_not_finite_is_refused_together_and_alone(bad, tmp_path):
+    configs = variations(BASE, optimizer__lr=[.1, bad])
+    with pytest.raises(ValueError, match=f'lr: got {bad}'): train_together(configs)
+    rows = sweep(configs, folder=tmp_path, members=2, retries=1, strict=False)
+    assert [r['state'] for r in rows] == ['done', 'failed'] and f'lr: got {bad}' in rows[1]['error']
+
 def test_runs_that_fail_end_a_line_in_one(tmp_path, monkeypatch, capsys):
     from plasticity import experiments as ex
     from plasticity import sweeps
