@@ -358,7 +358,7 @@ def refusals(
         several = 'an einsum of three or more tensors is not followed as one, but as pairs, the first pair first, in'
         block(VERBS, 'BilinearUnits', f"{several} {mixing.pop('einsum')}; multiply data with data first, then with the weight")
     if 'crossed' in mixing:
-        block(VERBS, 'MixedUnits', f"two dimensions are flattened in an order that ties all units together in {mixing.pop('crossed')}")
+        block(VERBS, 'FrozenUnits', f"two dimensions are flattened in an order that ties all units together in {mixing.pop('crossed')}")
     if 'bilinear' in mixing: block(VERBS, 'BilinearUnits', f"data is multiplied with data over these units in {mixing.pop('bilinear')}")
     even = set(mixing) <= EVEN
     for kind, place in mixing.items():

@@ -792,4 +792,4 @@ def test_heads_flattened_in_two_orders_are_no_single_unit():
     us = units(ThreeOperands('bhts,bhsc,hcd->btd', (0, 1, 2)), torch.randn(4, 5, 6)) # an einsum sums c before h
     assert not any(g.n == 1 and g.can for g in us)
     crossed = [g.blocked[v] for g in us if g.n == 1 for v in VERBS]
-    assert crossed and all(e == 'MixedUnits' and 'flattened in an order' in r for e, r in crossed)
+    assert crossed and all(e == 'FrozenUnits' and 'flattened in an order' in r for e, r in crossed)
