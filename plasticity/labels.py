@@ -10,7 +10,7 @@ __all__ = ['POLICIES', 'RULES', 'SCALING', 'Classes', 'Dim', 'Mark', 'Ledger', '
            'mixed', 'use', 'node', 'reach']
 
 # %% ../nbs/06a_labels.ipynb #2387c69a
-import itertools, sys
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -222,21 +222,13 @@ def contract(self,
     if apart and self._kept_apart(a) == 1: self.flag(a, 'crossed')
     if wa and wb: self.products.append((Mark('product', a.ids, self.op, self.module, a.src), b.src))
     elif wa or wb: self.consume(a if wa else b)
-    elif self.origin(ta)[0] and self.origin(tb)[0]:
-        self.flag(a, 'bilinear')
-        if len(ts := _operands()) > 2 and any(map(self.weight_only, ts)): self.flag(a, 'einsum')
+    elif self.origin(ta)[0] and self.origin(tb)[0]: self.flag(a, 'bilinear')
     else: self.flag(a, 'sum')
 
 @method(Ledger)
 def _kept_apart(self, dim):
     "How many classes these labels are in"
     return len(np.unique(self.classes.find(dim.ids)))
-
-def _operands():
-    "The tensors of the `torch.einsum` that runs now; none where none does"
-    f = sys._getframe()
-    while f and f.f_code is not torch.functional.einsum.__code__: f = f.f_back
-    return f.f_locals['operands'] if f else ()
 
 @method(Ledger)
 def consume(self, dim):

@@ -354,9 +354,6 @@ def refusals(
     def block(verbs, error, reason):
         for v in verbs: out.setdefault(v, (error, f'{tensor}: {reason}'))
     if unseen: block(VERBS, 'UnseenParameters', f'{unseen!r} was not used by the examples and may hold these units; add one that uses it')
-    if 'einsum' in mixing:
-        several = 'an einsum of three or more tensors is not followed as one, but as pairs, the first pair first, in'
-        block(VERBS, 'BilinearUnits', f"{several} {mixing.pop('einsum')}; multiply data with data first, then with the weight")
     if 'crossed' in mixing:
         block(VERBS, 'FrozenUnits', f"two dimensions are flattened in an order that ties all units together in {mixing.pop('crossed')}")
     if 'bilinear' in mixing: block(VERBS, 'BilinearUnits', f"data is multiplied with data over these units in {mixing.pop('bilinear')}")
