@@ -180,6 +180,19 @@ def forced(net, seed):
         out.append(dict(high=at(high), low=at(low), quiet=at(~(high | low))))
     return out
 
+def test_link_back_once():
+    "A link back that is there, or proposed already, is not proposed again"
+    from plasticity.routing import _Routing
+    net, rule, g = MinimalNetwork([2, 3, 3, 2], .5, seed=0), make_router('extrema', reciprocal=1), torch.Generator().manual_seed(0)
+    made = lambda: _Routing(net, forced(net, 0), rule, g)
+    first = made()
+    for _ in range(2): first.back(2, 1, 1, 0)
+    assert [l[:4] for l in first.out.links] == [(2, 1, 1, 0)]
+    apply_growth(net, None, first.out, torch.randn(6, 2, generator=g), g=g, check=False)
+    again = made()
+    again.back(2, 1, 1, 0)
+    assert not again.out.links and masks(net)['2_1'].sum() == 1
+
 @settings(max_examples=max(300, EXAMPLES), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=5), st.floats(.01, .6), st.sampled_from(['tanh', 'sigmoid', 'relu']),
        st.sampled_from(['extrema', 'extrema', 'extrema', 'random', 'gradient', 'set']), st.integers(0, 10**6), st.integers(1, 2),

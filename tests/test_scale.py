@@ -344,11 +344,9 @@ def test_refused(names, options, message):
 
 def test_waits_end():
     def late():
-        if join('cpu', timeout=3).rank: time.sleep(60)
+        if join('cpu', timeout=1).rank: time.sleep(5)                    # later than the rank's own wait, well within the caller's
         dist.barrier()
-    start = time.monotonic()
-    with pytest.raises((RuntimeError, TimeoutError)): on_ranks(late, timeout=8)
-    assert time.monotonic() - start < 12
+    with pytest.raises(RuntimeError, match='rank 0 failed'): on_ranks(late, timeout=60)
     with pytest.raises(RuntimeError, match='rank 1 failed(.|\n)*ValueError: wrong'):
         on_ranks(lambda: (_ for _ in ()).throw(ValueError('wrong')) if os.environ['RANK'] == '1' else time.sleep(9), timeout=20)
 
