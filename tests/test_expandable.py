@@ -93,6 +93,14 @@ def test_flops_are_counted():
     per = [2*(4*n + n*3 + 3) for n in (3, 7, 7, 7)]
     assert h['flops'] == [3*60*sum(per[:i + 1]) for i in range(4)] and g.spent == h['flops'][-1]
 
+def test_a_model_that_reads_tokens_grows():
+    torch.manual_seed(0)
+    x, y = torch.randint(20, (64, 6)), torch.randint(3, (64,))
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 3))
+    den = grow(net, x[:4], task_type='classification')
+    h = DENTrainer(den, device='cpu', callbacks=[g := Growth(Scripted(cooldown=1))]).train((x, y), epochs=4)
+    assert net[0].embedding_dim > 8 and h['flops'][0] == 3*64*2*(48*6 + 6*3) and g.events
+
 @pytest.mark.parametrize('name', list(STRATEGIES))
 def test_every_strategy_grows_and_saves(name, tmp_path):
     def make():
