@@ -607,4 +607,4 @@ def flops(self) -> int: # of one forward pass of one sample
     "What a sample costs now"
     (args, kwargs), = as_examples(self.calls()[0])
     x = tensors_in([args, kwargs])[0]
-    with quiet(self): return plasticity.models.flops(self, tuple(x.shape[1:]))
+    with quiet(self): return plasticity.models.flops(self, tuple(x.shape[1:]), x.dtype if not x.is_floating_point() else None)

@@ -595,7 +595,8 @@ def make_model(
 # %% ../nbs/02_models.ipynb #f6f139f5
 def flops(
     model:nn.Module,
-    in_shape=None # of one sample; the model's own if None
+    in_shape=None, # of one sample; the model's own if None
+    dtype=None # of its input; that of the weights if None
 ) -> int: # floating-point operations of one forward pass of one sample
     "What one sample costs: matrix products and convolutions, a multiplication and its addition counted as two"
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -605,7 +606,7 @@ def flops(
     try:
         model.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH):
-            model(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
+            model(torch.zeros(1, *shape, dtype=dtype or like.dtype, device=like.device))
     finally:
         for m, training in modes.items(): m.training = training
     return count.get_total_flops()
