@@ -200,11 +200,11 @@ def test_the_form_changes_with_the_density_and_back(i, o, seed, ema):
     assert all(torch.equal(v, again[k]) for k, v in middle.items())
 
 def test_undone_at_once_the_list_is_there_again():
-    net = nn.Sequential(random_layer(10, 10, .35), nn.Linear(10, 2)); adam, x = torch.optim.Adam(net.parameters()), torch.randn(7, 10)
+    net = nn.Sequential(random_layer(10, 10, .3), nn.Linear(10, 2)); adam, x = torch.optim.Adam(net.parameters()), torch.randn(7, 10)
     net(x).square().mean().backward(); adam.step(); before = copy.deepcopy(_image(net, adam))
-    free = (~net[0].mask()).nonzero()[torch.randperm(65)[:20]]
+    free = (~net[0].mask()).nonzero()[torch.randperm(70)[:20]]
     with edit(net, adam, x) as e: e.connect('0', *free.T, torch.ones(20))
-    assert net[0].full and net[0].n_links == 55
+    assert net[0].full and net[0].n_links == 50
     replay(net, e.record.inverse(), adam)
     assert not net[0].full and all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
     with pytest.raises(RuntimeError, match='stop'):
@@ -282,7 +282,7 @@ def test_a_shared_gradient_is_not_changed_and_copies_are_their_own():
 @pytest.mark.parametrize('kind', ['tanh', 'sigmoid', 'relu'])
 @pytest.mark.parametrize('mode, densities', [
     *[('auto', d) for d in ((.9, .05, .6), (.05, .9, .05), (.5, .95, 1.), (1., 1., .02))],
-    *[('dense', d) for d in ((.3, .35, .39), (.3, .02, .9))]])
+    *[('dense', d) for d in ((.3, .32, .34), (.3, .02, .9))]])
 def test_networks_of_both_forms_compute_what_their_layers_do(kind, mode, densities):
     sizes = [12, 10, 9, 8]
     net = MinimalNetwork(sizes, .05, kind, mode=mode)
