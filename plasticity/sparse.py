@@ -111,8 +111,8 @@ PORTION = 2**20 # links whose rows are looked up at once, where they are too man
 
 # %% ../nbs/13d_sparse.ipynb #c01e86ce
 MODES = 'gather', 'csr', 'dense'
-DENSE_FROM = dict(cpu=.35, cuda=.1) # density from which a layer is computed as a full matrix
-FULL_FROM = .35 # density from which it is kept as one
+DENSE_FROM = dict(cpu=.4, cuda=.1) # density from which a layer is computed as a full matrix
+FULL_FROM = .4 # density from which it is kept as one
 CSR = dict(cpu=False, cuda=True) # whether 'csr' is the way below that
 
 def _check_mode(mode):
