@@ -19,7 +19,7 @@ from .edits import edit
 from .results import Table, generator, method, stream_seed # noqa: F401
 from .routing import ConnectionRouter, Proposal, activity, find_extrema, make_router # noqa: F401
 from .sparse import SparseLinear # noqa: F401
-from .sparse_network import MinimalNetwork, Sprout
+from .sparse_network import Fill, MinimalNetwork, Sprout
 from .training import Callback, Trainer
 from .units import EditError
 
@@ -71,6 +71,7 @@ def apply_growth(
         for (i, j), v in _by_pair(proposal.remove).items(): e.disconnect(_path(prefix, i, j), *map(list, zip(*v, strict=True)))
         new = [(*v[:4], w) for v, w in zip(proposal.links, weights, strict=True)]
         for (i, j), v in sorted(_by_pair(new).items()): e.connect(_path(prefix, i, j), *map(list, zip(*v, strict=True)))
+        for name in network.thick(): e.do(Fill(prefix + name))
     for i, _, j, t, _ in proposal.links:
         if i < j and t < sizes[j]: network.load[network.at(j).start + t] += 1
     return e.record
@@ -91,6 +92,8 @@ class Growth(Callback):
         seed:int=0,
         **options # of the router
     ):
+        for n, v, least in (('window', window, 1), ('patience', patience, 0), ('scale', scale, 0)):
+            if not isinstance(v, (int, float)) or not v >= least: raise ValueError(f'{n}: got {v!r}, takes {least} or more')
         self.router = make_router(router, **options)
         self.scheduler = GrowthScheduler(limits=limits) if scheduler is None else scheduler
         self.window, self.scale, self.patience, self.check, self.seed = deque(maxlen=window), scale, patience, check, seed
@@ -179,7 +182,7 @@ def grow(self, trainer, extrema, epoch):
         trainer.log(split='growth', refused=event.get('refused', 'nothing to link'))
         return None
     c = p.counts()
-    event |= dict(structures=p.structures, connections_added=len(p.links) - len(p.remove), links_before=before, links_after=net.n_links,
+    event |= dict(structures=p.structures, connections_added=net.n_links - before, links_before=before, links_after=net.n_links,
                   pairs=[[list(k), n] for k, n in c['links'].items()], units=[[k, n] for k, n in c['units'].items()],
                   links=[list(v[:4]) for v in p.links], clones=len(p.clones), removed=len(p.remove))
     if self.follow is None or s.left is None or p.structures <= s.left: s.grown(p.structures)
@@ -298,10 +301,11 @@ class MultiScaleNetwork(nn.Module):
         device=None, # where to; the CPU if None
         seed:int=0,
         callbacks=(), # that also hear of the training, and of growth by `on_growth`
+        dense_from:float=None, # share of a layer's links from which it takes all of them, new ones at zero; None: never
         **options # of Growth
     ):
         super().__init__()
-        self.network = MinimalNetwork(layer_sizes, sparsity, activation, device, seed)
+        self.network = MinimalNetwork(layer_sizes, sparsity, activation, device, seed, dense_from=dense_from)
         self.growth, self.callbacks, self.seed = Growth(seed=seed, **dict(dict(patience=0), **options)), list(callbacks), seed
         self.current_epoch = 0
 
@@ -370,16 +374,21 @@ def extrema(experiment,
     activation:str='tanh', # or sigmoid, relu
     router:str='extrema', # or random, gradient, set, none
     limits:bool=True, # False lifts the limits of the phases
+    dense_from:float=None, # share of a layer's links from which it takes all of them; None: never
     patience:int=50 # epochs without extrema or a better accuracy after which it ends; 0: never
 ):
     "A sparse network that wires itself where its units are extreme"
     import json, math
+    from plasticity.experiments import building
     from plasticity.results import write_atomic
     e = experiment
-    sizes = [math.prod(e.data.shape), *hidden_sizes, e.data.num_classes]
-    e.model = MinimalNetwork(sizes, sparsity, activation, seed=seed)
+    with building():
+        if not isinstance(hidden_sizes, (list, tuple)) or not hidden_sizes:
+            raise ValueError(f'hidden_sizes: got {hidden_sizes!r}, takes a list of widths, as [256,128]')
+        sizes = [math.prod(e.data.shape), *hidden_sizes, e.data.num_classes]
+        e.model = MinimalNetwork(sizes, sparsity, activation, seed=seed, dense_from=dense_from)
+        growth = Growth(router, limits=limits, patience=patience, seed=seed)
     trainer = e.trainer(batch_size=batch_size, seed=seed)
-    growth = Growth(router, limits=limits, patience=patience, seed=seed)
     trainer.callbacks.append(growth)
     if e.config['resume']: trainer.load(e.folder).fit()
     else: trainer.fit(e.epochs(epochs))

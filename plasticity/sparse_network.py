@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'REACH', 'reached', 'complete', 'MinimalNetwork', 'trace', 'step', 'forward', 'sequence', 'resize',
-           'Sprout', 'live_units', 'get_connectivity_stats']
+           'Sprout', 'Fill', 'live_units', 'get_connectivity_stats']
 
 # %% ../nbs/13e_sparse_network.ipynb #59e27e4e
 from dataclasses import dataclass
@@ -66,13 +66,17 @@ class MinimalNetwork(nn.Module):
         device=None, # where to; the CPU if None
         seed:int=0, # of the draw
         mode:str='auto', # of SparseLinear
+        dense_from:float=None, # share of a layer's links from which it takes all of them, new ones at zero; None: never
     ):
         super().__init__()
         sizes = [int(n) for n in layer_sizes]
         if len(sizes) < 2 or min(sizes) < 1: raise ValueError(f'layer_sizes: got {layer_sizes!r}, takes two or more positive integers')
         if activation not in ACTIVATIONS: raise ValueError(f'activation: got {activation!r}{did_you_mean(activation, ACTIVATIONS)}')
         if not 0 < sparsity <= 1: raise ValueError(f'sparsity: got {sparsity!r}, takes the share of links that exist, over 0 up to 1')
+        if dense_from is not None and not 0 < dense_from <= 1:
+            raise ValueError(f'dense_from: got {dense_from!r}, takes the share of links from which a layer has all, over 0 up to 1')
         self.layer_sizes, self.sparsity, self.activation, self.seed, self.program = sizes, sparsity, activation, seed, None
+        self.dense_from = dense_from
         drawn = [random_places(a, b, sparsity, seed=seed + 1000*k) for k, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
         drawn, self.links_added = complete(drawn, sizes, generator(seed, 'complete'))
         self.links = nn.ModuleDict({f'{i}_{j}': self._layer(i, j, drawn, mode) for i, j in self.pairs})
@@ -82,6 +86,7 @@ class MinimalNetwork(nn.Module):
         self.bias = nn.Parameter(torch.zeros(sum(sizes[1:])))
         self.register_buffer('load', torch.zeros(sum(sizes[1:]), dtype=torch.long)) # incoming links that growth has made, ever
         self.register_buffer('sizes', torch.tensor(sizes))
+        for path in self.thick(): (m := self.get_submodule(path)).connect(*(new := m.absent()), torch.zeros(len(new[0])))
         if device is not None: self.to(device)
 
     def _layer(self, i, j, drawn, mode):
@@ -99,6 +104,9 @@ class MinimalNetwork(nn.Module):
     def device(self): return self.bias.device
     @property
     def n_links(self): return sum(m.n_links for m in (*self.links.values(), *self.memory.values()))
+    def thick(self): # paths of the layers that are to take all links, and lack some
+        layers = [] if self.dense_from is None else [(f'{d}.{k}', m) for d in ('links', 'memory') for k, m in getattr(self, d).items()]
+        return [k for k, m in layers if self.dense_from <= m.density < 1]
     def at(self, j): # slice of layer j in `bias` and `load`
         o = sum(self.layer_sizes[1:j])
         return slice(o, o + self.layer_sizes[j])
@@ -166,7 +174,7 @@ def _made(self):
     p = dict(seen=[(m, m.cache if m.n_links else None, m.n_links, m.mode) for m in layers.values()], active=list(active.values()),
              modules=[*layers.values(), *self.acts], act=self.activation, every=all(m.full for m in active.values()), kind=None)
     if p['every']: return p | dict(kind='matrices', layers=_clears(active, index), widths=self.layer_sizes)
-    if self.device.type != 'cpu' or any(_long(m) for m in active.values()): return p
+    if any(_long(m) for m in active.values()): return p
     return p | _listed(self.layer_sizes, list(active), index, [m.running if not m.full else 'full' for m in active.values()], self.at)
 
 def _long(m): return not m.full and (m.running == 'csr' or m.n_links > 2**20)
@@ -180,7 +188,8 @@ def _clears(active, index):
 
 def _listed(sizes, active, index, ways, at):
     "The units an output depends on, and the links among them"
-    need = _needed(sizes, active, index, 'full' in ways)
+    every = 'full' in ways or index[0]['at'].type != 'cpu' # where a launch costs more than a unit, none is left out
+    need = _needed(sizes, active, index, every)
     place = [n.cumsum(0).int() - 1 for n in need]
     parts = [dict(i=i, j=j, n=sizes[i], keep=None, index=x, some=True, way=way) if way == 'full' else _part(x, i, j, need, place, way)
              for (i, j), x, way in zip(active, index, ways, strict=True)]
@@ -193,7 +202,7 @@ def _listed(sizes, active, index, ways, at):
 
 def _needed(sizes, active, index, every):
     "Which units an output depends on"
-    need = [torch.full((n,), every or j == len(sizes) - 1, dtype=torch.bool) for j, n in enumerate(sizes)]
+    need = [torch.full((n,), every or j == len(sizes) - 1, dtype=torch.bool, device=index[0]['at']) for j, n in enumerate(sizes)]
     if not every:
         for (i, j), x in sorted(zip(active, index, strict=True), key=lambda v: -v[0][1]):
             need[i][x['cols'].long()[need[j][x['rows'].long()]]] = True
@@ -201,13 +210,14 @@ def _needed(sizes, active, index, every):
 
 def _part(x, i, j, need, place, way):
     "The links of one pair among the units that are needed"
-    kept = need[j][x['rows'].long()]
-    keep = None if kept.all() else kept.nonzero()[:, 0]
-    rows, cols = (x[k] if keep is None else x[k][keep] for k in ('rows', 'cols'))
-    rows, cols = place[j][rows.long()], place[i][cols.long()]
-    ptr = _pointers(rows, int(need[j].sum()))
-    out = dict(i=i, j=j, keep=keep, n=len(kept), rows=rows, cols=cols, ptr=ptr, some=len(rows) > 0, parts=blocks(ptr),
-               turned=None, way=way)
+    out = {k: x[k] for k in ('rows', 'cols', 'ptr', 'parts')} | dict(i=i, j=j, keep=None, n=len(x['rows']), some=True, turned=None, way=way)
+    if not (need[i].all() and need[j].all()):
+        kept = need[j][x['rows'].long()]
+        if not kept.all(): out['keep'] = kept.nonzero()[:, 0]
+        rows, cols = (x[k] if out['keep'] is None else x[k][out['keep']] for k in ('rows', 'cols'))
+        rows, cols = place[j][rows.long()], place[i][cols.long()]
+        ptr = _pointers(rows, int(need[j].sum()))
+        out |= dict(rows=rows, cols=cols, ptr=ptr, some=len(rows) > 0, parts=blocks(ptr))
     if way == 'gather': turned(out, int(need[i].sum()))
     return out
 
@@ -304,7 +314,7 @@ def step(self,
     p = self._program()
     if p is None or x.dtype != self.bias.dtype: return self.trace(x)[-1]
     if p['kind'] == 'matrices': return _matrices(x, p, self.bias)
-    if x.requires_grad or torch.is_autocast_enabled('cpu'): return self.trace(x)[-1]
+    if x.requires_grad or torch.is_autocast_enabled(x.device.type): return self.trace(x)[-1]
     return _Run.apply(x, p, self.bias, *(m._parameters['values'] for m in p['active']))
 
 @method(MinimalNetwork)
@@ -401,6 +411,19 @@ def _wider(name, m, layer, key, k):
     new = torch.ones(o, i, dtype=torch.bool); new[:m.out_features, :m.in_features] = False
     at = new.view(-1).nonzero()[:, 0]
     return dict(op='put', tensor=name, dim=0, at=at, values=dict(value=torch.zeros(len(at))))
+
+# %% ../nbs/13e_sparse_network.ipynb #85b0eea4
+@dataclass(frozen=True)
+class Fill(Edit):
+    "Give a sparse layer all its links, new ones at zero: the function stays, and a step costs what it costs a dense layer"
+    layer: str # path of a SparseLinear
+
+    def plan(self, session):
+        m = session.model.get_submodule(self.layer)
+        if not isinstance(m, SparseLinear): raise TypeError(f'layer: {self.layer!r} is a {type(m).__name__}; takes a SparseLinear')
+        rows, cols = (v.cpu() for v in m.absent())
+        op = dict(op='connect', layer=self.layer, rows=rows, cols=cols, values=torch.zeros(len(rows)))
+        return Plan([f'{self.layer}.{n}'.strip('.') for n in m._parameters], lambda s: s.run(op))
 
 # %% ../nbs/13e_sparse_network.ipynb #8bdc485e
 @method(MinimalNetwork)

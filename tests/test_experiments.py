@@ -56,6 +56,12 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     (['training=cloning', 'training.num_expansions=-1'], 'num_expansions: got -1'),
     (['training=adaptive', 'training.prune_every=-5'], 'prune_every: got -5'),
     (['training=adaptive', 'training.grow_ratio=-1'], 'ratio: got -1'),
+    (['training=extrema', 'training.sparsity=3'], 'sparsity: got 3.0'),
+    (['training=extrema', 'training.dense_from=0'], 'dense_from: got 0.0'),
+    (['training=extrema', 'training.hidden_sizes=8'], 'hidden_sizes: got 8'),
+    (['training=extrema', 'training.patience=-3'], 'patience: got -3'),
+    (['training=extrema', 'training.hidden_sizes=[]'], 'hidden_sizes: got []'),
+    (['training=extrema', 'training.router=foo'], 'random'),
     (['model=vae', 'training=vae', 'training.warmup_kl=-5'], 'warmup_kl: got -5'),
     (['training=vae'], 'takes model=vae, got model=mlp'), (['training=language'], 'takes dataset=text, got dataset=digits')])
 def test_wrong_words_get_one_line(words, says, tmp_path):

@@ -401,6 +401,27 @@ def test_follows_another_run_exactly():
                            [(e['epoch'], sorted(map(str, e['pairs'])), e['units']) for e in logs[0]] for v in logs)
     assert len({n.n_links for n in nets}) == 1 and len({tuple(n.layer_sizes) for n in nets}) == 1
 
+@pytest.mark.parametrize('router', ROUTERS)
+def test_layers_that_grow_dense_take_all_their_links(router):
+    net = MinimalNetwork([64, 20, 16, 10], .25, dense_from=.253); start, x = net.n_links, torch.randn(5, 64)
+    growth = Growth(router, quick(limits=False)); growth.scheduler.credits = 1000
+    Trainer(net, small(), lr=.01, device='cpu', callbacks=[growth]).fit(6)
+    near = [m for m in net.links.values() if m.density >= .253]
+    assert all(m.density == 1 for m in near) and bool(near) == (router != 'none') and not net.thick()
+    assert net.n_links - start == growth.connections_added and all(e['connections_added'] == e['links_after'] - e['links_before']
+                                                                   for e in growth.events)
+    assert net(x).shape == (5, 10) and net.get_connectivity_stats()['outputs_reached'] == 10
+
+@pytest.mark.parametrize('density', [.2, .25, .6, 1.])
+def test_drawn_dense(density):
+    plain, net = (MinimalNetwork([12, 9, 7, 3], density, seed=1, dense_from=d) for d in (None, .25))
+    x = torch.randn(4, 12)
+    assert torch.allclose(plain(x), net(x), atol=1e-6) and (net.n_links == 12*9 + 9*7 + 7*3) == (density > .25)
+    made = create_multi_scale_network(12, [9, 7], 3, sparsity=density, seed=1, dense_from=.25)
+    assert torch.equal(made(x), net(x))
+    other = MinimalNetwork([12, 9, 7, 3], .05); other.load_state_dict(net.state_dict())
+    assert torch.allclose(other(x), net(x), atol=1e-6) and other.n_links == net.n_links
+
 def test_resumed_like_unbroken(tmp_path):
     def make():
         g = Growth('extrema', quick(limits=False)); g.scheduler.credits = 50
@@ -442,6 +463,10 @@ def test_multi_scale_network_on_loaders():
 
 def test_errors_name_the_argument():
     for call, match in ((lambda: MinimalNetwork([5]), 'layer_sizes'), (lambda: MinimalNetwork([5, 2], 0), 'sparsity'),
+                        (lambda: MinimalNetwork([5, 2], dense_from=0), 'dense_from: got 0'),
+                        (lambda: MinimalNetwork([5, 2], dense_from=40), 'dense_from: got 40'),
+                        (lambda: Growth(patience=-3), 'patience: got -3, takes 0 or more'), (lambda: Growth(window=0), 'window: got 0'),
+                        (lambda: Growth(scale=float('nan')), 'scale: got nan'),
                         (lambda: MinimalNetwork([5, 2], activation='gelu'), 'activation'), (lambda: make_router('extreme'), 'extrema'),
                         (lambda: ConnectionRouter(reach=4), 'reach'), (lambda: MinimalNetwork([5, 2])(torch.randn(3, 4)), 'x: got'),
                         (lambda: activity(MinimalNetwork([5, 2]), []), 'window')):

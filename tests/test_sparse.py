@@ -9,7 +9,7 @@ from plasticity.edits import edit, load_record, replay
 from plasticity.remedies import UPGD
 from plasticity.sparse import (FULL_FROM, MODES, SparseLinear, choose_mode, draw_places, from_dense, measure_modes, random_layer,
                                random_places)
-from plasticity.sparse_network import MinimalNetwork, Sprout
+from plasticity.sparse_network import Fill, MinimalNetwork, Sprout
 from plasticity.training import NoisySGD
 import plasticity.sparse as sparse_module
 
@@ -367,3 +367,51 @@ def test_a_link_named_twice_is_refused(density):
     with pytest.raises(ValueError, match=f'rows, cols: got the link {r} <- {c} twice'): layer.connect([r, r], [c, c], [1., 2.])
     with pytest.raises(ValueError, match=f'rows, cols: got the link {row} <- {col} twice'): layer.disconnect([row, row], [col, col])
     assert torch.equal(layer.matrix(), before) and layer.n_links == int(layer.mask().sum())
+
+@pytest.mark.parametrize('density', [.1, .5, .95, 1.])
+def test_filled_a_layer_is_dense_and_comes_back(density):
+    torch.manual_seed(0)
+    net = nn.Sequential(random_layer(10, 8, density), nn.Tanh(), nn.Linear(8, 3))
+    adam, x = torch.optim.AdamW(net.parameters(), 1e-2), torch.randn(6, 10)
+    def train():
+        adam.zero_grad(); net(x).square().sum().backward(); adam.step()
+    for _ in range(3): train()
+    before, y, mask = copy.deepcopy(_image(net, adam)), net(x).detach(), net[0].mask()
+    with edit(net, adam, x) as e: e.do(Fill('0'))
+    assert net[0].n_links == 80 and net[0].full and torch.allclose(net(x), y, atol=1e-6) and not net[0].absent()[0].numel()
+    replay(net, e.record.inverse(), adam)
+    assert torch.equal(net[0].mask(), mask) and torch.allclose(net(x), y, atol=1e-6)
+    if not net[0].full: assert all(torch.equal(v, before[k]) for k, v in _image(net, adam).items())
+    with edit(net, adam, x) as e: e.do(Fill('0'))
+    twin, t = nn.Sequential(net[0].to_dense(), nn.Tanh(), copy.deepcopy(net[2])), torch.optim.SGD(net.parameters(), .1)
+    sgd = torch.optim.SGD(twin.parameters(), .1)
+    for _ in range(3):
+        for m, o in ((net, t), (twin, sgd)): o.zero_grad(); m(x).square().sum().backward(); o.step()
+    assert torch.allclose(net[0].matrix(), twin[0].weight, atol=1e-5)
+    with pytest.raises(TypeError, match="layer: '2' is a Linear; takes a SparseLinear"):
+        with edit(net, adam, x) as e: e.do(Fill('2'))
+
+def test_noise_in_a_layer_that_is_a_list_again():
+    net = nn.Sequential(random_layer(12, 10, .6)); opt, x = NoisySGD(net.parameters(), lr=.1, noise=.1), torch.randn(4, 12)
+    def train():
+        opt.zero_grad(); net(x).square().sum().backward(); opt.step()
+    train(); assert net[0].full
+    gone = net[0].mask().nonzero()[:60].T
+    with edit(net, opt, x) as e: e.disconnect('0', *gone)
+    train(); assert not net[0].full and (net[0].values != 0).all() and net[0].n_links == 12
+    with edit(net, opt, x) as e: e.do(Fill('0'))
+    train(); assert net[0].full and (net[0].values != 0).all()
+
+def test_moments_of_links_that_were_absent_are_their_own(monkeypatch):
+    monkeypatch.setattr(sparse_module, 'STIR', 2)
+    net = nn.Sequential(random_layer(12, 10, .6)); adam, x = torch.optim.Adam(net.parameters(), 1e-2), torch.randn(4, 12)
+    twin = None
+    for k in range(9):
+        if k == 4:
+            with edit(net, adam, x) as e: e.do(Fill('0'))
+            twin = nn.Sequential(net[0].to_dense()); other = torch.optim.Adam(twin.parameters(), 1e-2)
+            for a, b in ((net[0].values, twin[0].weight), (net[0].bias, twin[0].bias)):
+                other.state[b] = {n: v.clone().view_as(b) if v.ndim else v.clone() for n, v in adam.state[a].items()}
+        for m, o in ((net, adam), (twin, k > 3 and other)):
+            if m is not None: o.zero_grad(); m(x).square().sum().backward(); o.step()
+    assert torch.allclose(net[0].matrix(), twin[0].weight, atol=1e-6)
