@@ -366,7 +366,7 @@ def adaptive(experiment,
     bits:int=8 # of quantized weights
 ):
     "Train a network that grows, prunes and quantizes on schedules"
-    from plasticity.experiments import ConfigError, building
+    from plasticity.experiments import ConfigError, building, go
     e = experiment
     if own := dict(gpt='language', vae='vae').get(name := e.choice('model')):
         raise ConfigError(f"training: 'adaptive' takes a classifier, got model={name}, which takes training={own}")
@@ -378,8 +378,7 @@ def adaptive(experiment,
         grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
         trainer.callbacks += adaptation(grow_on, prune_every, quantize_every, layers_every, grow_of, grow_threshold, grow_ratio,
                                         prune_threshold, bits, max_width, max_depth, solved)
-    if e.config['resume']: return trainer.load(e.folder).fit()
-    return trainer.fit(e.epochs(epochs))
+    return go(e, trainer, epochs)
 
 def _network(e, skip, random_start, seed):
     "The model of an experiment, made adaptive"

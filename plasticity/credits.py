@@ -7,6 +7,8 @@ __all__ = ['PHASES', 'spikes', 'GrowthScheduler', 'add_gradient_norms', 'add_gra
            'grown', 'judge', 'state_dict', 'load_state_dict', 'get_stats']
 
 # %% ../nbs/13f_credits.ipynb #f02e533a
+from numbers import Real
+
 import torch
 
 from .results import did_you_mean, generator, method
@@ -61,8 +63,10 @@ class GrowthScheduler:
         limits:bool=True, # False lifts the limits of the phases
         rate_step:float=.1, # how far the price moves after each growth
     ):
-        for k, v in dict(window=window, growth_threshold=growth_threshold).items():
-            if v < 1: raise ValueError(f'{k}: got {v!r}, takes 1 or more')
+        for k, v, least in (('window', window, 1), ('growth_threshold', growth_threshold, 1), ('spike_credits', spike_credits, 0),
+                            ('boundary_credits', boundary_credits, 0), ('boundary_every', boundary_every, 0), ('rate_step', rate_step, 0),
+                            ('stabilization_epochs', stabilization_epochs, 0)):
+            if not isinstance(v, Real) or not v >= least: raise ValueError(f'{k}: got {v!r}, takes {least} or more')
         self.window, self.threshold, self.level = window, threshold, level
         self.spike_credits, self.boundary_credits, self.boundary_every = spike_credits, boundary_credits, boundary_every
         self.growth_threshold, self.stabilization_epochs, self.rate_step = growth_threshold, stabilization_epochs, rate_step

@@ -409,7 +409,10 @@ def deepen(self,
 def _checked_links(model, layer, rows, cols):
     "Checked link positions"
     m = model.get_submodule(layer)
-    rows, cols = (torch.as_tensor(v.tolist() if isinstance(v, torch.Tensor) else v, dtype=torch.long).reshape(-1) for v in (rows, cols))
+    rows, cols = (torch.as_tensor(v.tolist() if isinstance(v, torch.Tensor) else v).reshape(-1) for v in (rows, cols))
+    for what, v in ('rows', rows), ('cols', cols):
+        if len(v) and (v.is_floating_point() or v.dtype == torch.bool): raise TypeError(f'{what}: got {v.dtype}, takes indices')
+    rows, cols = rows.long(), cols.long()
     if len(rows) != len(cols): raise ValueError(f'rows, cols: got {len(rows)} and {len(cols)}, takes as many of both')
     for what, v, n in ('rows', rows, getattr(m, 'out_features', None)), ('cols', cols, getattr(m, 'in_features', None)):
         if n is not None and len(v) and not 0 <= int(v.min()) <= int(v.max()) < n:

@@ -147,6 +147,7 @@ class Experiment:
         distributed=None # what `spread` gave, if several processes train it
     ):
         self.config, self.folder, self.distributed, self.dry = config, Path(folder), distributed, config['dryrun']
+        self.began = False # whether a step was taken
         self.ranks = distributed.ranks if distributed else Ranks(device=pick_device(config['device']))
         self.device = self.ranks.device
         self.seed = config['training'].get('seed', 0)
@@ -274,7 +275,9 @@ class Record(Callback):
     def after_epoch(self, trainer):
         if self.every and trainer.epoch % self.every == 0: self.measure(trainer)
 
-    def before_step(self, trainer): self.watch('before_step', trainer)
+    def before_step(self, trainer):
+        self.experiment.began = True
+        self.watch('before_step', trainer)
     def after_step(self, trainer): self.watch('after_step', trainer)
     def after_edit(self, trainer, record): self.watch('after_edit', trainer, record)
     def on_growth(self, trainer, event, record): self.watch('on_growth', trainer, event, record)
@@ -567,7 +570,9 @@ def run_config(
         except KeyboardInterrupt:
             if mine == folder: print(f'\nstopped; go on with: plasticity resume={folder}', file=sys.stderr)
             raise
-        except Refused as e: raise ConfigError(str(e)) from e
+        except (ValueError, TypeError) as e: # before the first step it is the words that do not go together
+            if experiment.began and not isinstance(e, Refused): raise
+            with building(): raise
     return folder
 
 # %% ../nbs/21_experiments.ipynb #8c97a5a1
@@ -686,11 +691,14 @@ def _joined(words):
 
 def _parse(words):
     "Say which word Hydra's grammar cannot read"
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     for w in words:
-        if w.startswith('-'): continue
-        try: OverridesParser.create().parse_override(w)
-        except Exception as e: raise ConfigError(f'cannot read the word {w!r}; takes key=value, as model.hidden_sizes=[8,8]') from e
+        if not w.startswith('-'): _read(w)
+
+def _read(word):
+    "A word as Hydra reads it"
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    try: return OverridesParser.create().parse_override(word)
+    except Exception as e: raise ConfigError(f'cannot read the word {word!r}; takes key=value, as model.hidden_sizes=[8,8]') from e
 
 # %% ../nbs/21_experiments.ipynb #f59e043f
 def _cloned(model, data, epochs, expansions=1):
@@ -713,16 +721,17 @@ def _json(path, what):
     if not isinstance(tree, dict): raise ConfigError(f'{what}: {path} holds a {type(tree).__name__}, takes an object of groups and options')
     return {k: dict(name=v) if k in DEFAULTS and isinstance(v, str) else v for k, v in tree.items()}
 
-MADE_WITH = 'model', 'optimizer', 'policy', 'growth', 'dataset', 'training', 'training.seed', 'training.batch_size'
+MADE_WITH = 'model', 'optimizer', 'policy', 'growth', 'training'
 
 def _goes_on(words, tree, run):
     "Refuse words that a run which goes on cannot follow"
     for w in words:
-        k, _, v = w.partition('=')
+        k = w.partition('=')[0]
         group, _, option = k.partition('.')
-        if k not in MADE_WITH and group not in MADE_WITH[:4]: continue
+        if k == 'training.epochs' or k != 'dataset' and group not in MADE_WITH: continue
         had = tree.get(group, {}).get(option or 'name')
-        if v.strip('\'"') != (_word(had).strip("'") if had is not None else None):
+        said = _read(w).value()
+        if getattr(said, 'text', said) != had: # a string in quotes has a text
             raise ConfigError(f'{k}: the run in {run} goes on with {had!r}; takes no {w} beside resume=')
 
 def _take(words, flag):

@@ -10,6 +10,7 @@ __all__ = ['fresh_weights', 'apply_growth', 'Growth', 'after_epoch', 'look_back'
 
 # %% ../nbs/14_extrema.ipynb #2e5e21bf
 from collections import deque
+from numbers import Real
 
 import torch
 from torch import nn
@@ -93,7 +94,13 @@ class Growth(Callback):
         **options # of the router
     ):
         for n, v, least in (('window', window, 1), ('patience', patience, 0), ('scale', scale, 0)):
-            if not isinstance(v, (int, float)) or not v >= least: raise ValueError(f'{n}: got {v!r}, takes {least} or more')
+            if not isinstance(v, Real) or not v >= least: raise ValueError(f'{n}: got {v!r}, takes {least} or more')
+        if scheduler is not None and not hasattr(scheduler, 'should_grow'):
+            raise TypeError(f'scheduler: got a {type(scheduler).__name__}, takes a GrowthScheduler')
+        if not hasattr(router, 'propose') and not isinstance(router, str):
+            raise TypeError(f'router: got a {type(router).__name__}, takes a name or a ConnectionRouter')
+        if follow is not None and not isinstance(follow, (list, tuple)):
+            raise TypeError(f'follow: got {follow!r}, takes the events of a Growth')
         self.router = make_router(router, **options)
         self.scheduler = GrowthScheduler(limits=limits) if scheduler is None else scheduler
         self.window, self.scale, self.patience, self.check, self.seed = deque(maxlen=window), scale, patience, check, seed
@@ -362,6 +369,7 @@ def create_multi_scale_network(
     **options # of MultiScaleNetwork
 ) -> MultiScaleNetwork:
     "A sparse network that grows while it trains"
+    if not isinstance(hidden_sizes, (list, tuple)): raise TypeError(f'hidden_sizes: got {hidden_sizes!r}, takes a list of widths')
     return MultiScaleNetwork([input_size, *hidden_sizes, output_size], sparsity, activation, **options)
 
 # %% ../nbs/14_extrema.ipynb #2608bb41
@@ -379,19 +387,24 @@ def extrema(experiment,
 ):
     "A sparse network that wires itself where its units are extreme"
     import json, math
-    from plasticity.experiments import building
+    from plasticity.experiments import building, config_of, go
+    from plasticity.models import MODELS
     from plasticity.results import write_atomic
     e = experiment
     with building():
-        if not isinstance(hidden_sizes, (list, tuple)) or not hidden_sizes:
+        plain = dict(name='mlp') | vars(config_of(MODELS['mlp'])())
+        if given := {k: v for k, v in e.config['model'].items() if k not in plain or v != plain[k]}:
+            raise ValueError(f"model: got {given.get('name', given)}; training=extrema makes its network by training.hidden_sizes "
+                             'and training.activation')
+        if e.growth(): raise ValueError('growth: got a strategy; training=extrema grows as training.router says')
+        if not isinstance(hidden_sizes, (list, tuple)) or not hidden_sizes or not all(isinstance(n, int) and n > 0 for n in hidden_sizes):
             raise ValueError(f'hidden_sizes: got {hidden_sizes!r}, takes a list of widths, as [256,128]')
         sizes = [math.prod(e.data.shape), *hidden_sizes, e.data.num_classes]
         e.model = MinimalNetwork(sizes, sparsity, activation, seed=seed, dense_from=dense_from)
         growth = Growth(router, limits=limits, patience=patience, seed=seed)
     trainer = e.trainer(batch_size=batch_size, seed=seed)
     trainer.callbacks.append(growth)
-    if e.config['resume']: trainer.load(e.folder).fit()
-    else: trainer.fit(e.epochs(epochs))
+    go(e, trainer, epochs)
     out = dict(events=growth.events, rows=list(growth.rows), connectivity=e.model.get_connectivity_stats())
     write_atomic(e.folder/'growth.json', json.dumps(out, indent=1))
     return trainer

@@ -272,7 +272,10 @@ class HeadPruning(Scheduled):
 
     def before_fit(self, trainer):
         super().before_fit(trainer)
-        if self.alive is None: self.alive = [list(range(n)) for n in trainer.model.heads]; self.note(trainer)
+        heads = getattr(trainer.model, 'heads', None)
+        if not isinstance(heads, list):
+            raise TypeError(f'model: got a {type(trainer.model).__name__}, takes one of attention heads, as gpt')
+        if self.alive is None: self.alive = [list(range(n)) for n in heads]; self.note(trainer)
 
     def note(self, trainer): self.diary.append(dict(step=trainer.step, alive=[list(v) for v in self.alive]))
     def state_dict(self): return super().state_dict() | dict(alive=self.alive, diary=self.diary)

@@ -91,6 +91,8 @@ class ConnectionRouter:
         clone_factor:float=.7, # of the original's weights
         patch:int=0, # further units, next to a high one in activity, linked to the same targets
     ):
+        for n, v in dict(fan_out=fan_out, cap=cap, clones=clones, patch=patch).items():
+            if not isinstance(v, int) or v < 0: raise ValueError(f'{n}: got {v!r}, takes a whole number, 0 or more')
         if not 1 <= reach <= 3: raise ValueError(f'reach: got {reach}, takes 1 to 3')
         if not 0 <= reciprocal <= 1: raise ValueError(f'reciprocal: got {reciprocal}, takes a probability')
         self.fan_out, self.reach, self.cap, self.reciprocal = fan_out, reach, cap, reciprocal

@@ -200,10 +200,21 @@ def _pointers(at, n):
 # %% ../nbs/13d_sparse.ipynb #6aa686c7
 def _positions(v, n, what):
     "Indices as a long vector, checked"
-    v = torch.as_tensor(v, dtype=torch.long).reshape(-1)
+    v = torch.as_tensor(v).reshape(-1)
+    if len(v) and (v.dtype == torch.bool or v.is_floating_point()): raise TypeError(f'{what}: got {v.dtype}, takes indices')
+    v = v.long()
     if len(v) and not 0 <= int(v.min()) <= int(v.max()) < n:
         raise ValueError(f'{what}: got {int(v.min())} to {int(v.max())}, takes 0 to {n-1}')
     return v
+
+def _pairs(rows, cols, n_out, n_in):
+    "Links as one number each, row*n_in + col, checked"
+    rows, cols = _positions(rows, n_out, 'rows'), _positions(cols, n_in, 'cols')
+    if len(rows) != len(cols): raise ValueError(f'rows, cols: got {len(rows)} and {len(cols)}, takes as many of both')
+    keys = rows*n_in + cols
+    links, times = keys.unique(return_counts=True)
+    if len(links) < len(keys): raise ValueError('rows, cols: got the link {} <- {} twice'.format(*divmod(int(links[times > 1][0]), n_in)))
+    return keys
 
 class SparseLinear(nn.Module):
     "A linear layer that has the links it has"
@@ -220,13 +231,9 @@ class SparseLinear(nn.Module):
             if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f'{n}: got {v!r}, takes an integer, 1 or more')
         _check_mode(mode)
         self.in_features, self.out_features, self.mode, self.cache = in_features, out_features, mode, None
-        rows, cols = _positions(rows, out_features, 'rows'), _positions(cols, in_features, 'cols')
-        if len(rows) != len(cols): raise ValueError(f'rows, cols: got {len(rows)} and {len(cols)}, takes as many of both')
-        values = torch.zeros(len(rows)) if values is None else torch.as_tensor(values).detach().reshape(-1)
-        if len(values) != len(rows): raise ValueError(f'values: got {len(values)} for {len(rows)} links')
-        key, order = (rows*in_features + cols).sort()
-        if len(key) > 1 and (key[1:] == key[:-1]).any(): raise ValueError('rows, cols: got a link twice')
-        self.n_links = len(key)
+        key, order = _pairs(rows, cols, out_features, in_features).sort()
+        values, self.n_links = torch.zeros(len(key)) if values is None else torch.as_tensor(values).detach().reshape(-1), len(key)
+        if len(values) != len(key): raise ValueError(f'values: got {len(values)} for {len(key)} links')
         if mode == 'measured': self.mode = mode = fastest(in_features, out_features, self.density, device=values.device)
         values, *places = self._laid(key, values[order], self._wide(len(key)))
         self.values = nn.Parameter(values)
@@ -258,7 +265,7 @@ class SparseLinear(nn.Module):
         return self.mode if self.mode != 'auto' else choose_mode(self.density, self.values.device, self.n_links)
 
     def extra_repr(self):
-        links = f'{self.n_links:,} links ({self.density:.2%})'
+        links = f'{self.n_links:,} links ({100*self.density:.3g}%)'
         return f'{self.in_features} -> {self.out_features}, {links}, {self.running}, bias={self.bias is not None}'
 
 # %% ../nbs/13d_sparse.ipynb #fe1d3364
@@ -447,6 +454,7 @@ def from_dense(
     "A sparse layer with the links of a dense one"
     w = (linear.weight if isinstance(linear, nn.Module) else linear).detach()
     b = getattr(linear, 'bias', None) if isinstance(linear, nn.Module) else None
+    if mask is not None and mask.shape != w.shape: raise ValueError(f'mask: got {tuple(mask.shape)}, takes {tuple(w.shape)}')
     rows, cols = (w != 0 if mask is None else mask.bool()).nonzero(as_tuple=True)
     out = SparseLinear(w.shape[1], w.shape[0], rows, cols, w[rows, cols], **dict(dict(bias=b is not None), **options))
     if b is not None and out.bias is not None: out.bias.data.copy_(b.detach())
@@ -465,11 +473,6 @@ def to_dense(self) -> nn.Linear:
 SparseLinear.from_dense = staticmethod(from_dense)
 
 # %% ../nbs/13d_sparse.ipynb #31a55c64
-def _once(keys, n):
-    "Raises: ValueError for a link that is named twice"
-    links, times = keys.unique(return_counts=True)
-    if len(links) < len(keys): raise ValueError('rows, cols: got the link {} <- {} twice'.format(*divmod(int(links[times > 1][0]), n)))
-
 @method(SparseLinear)
 def connect(self,
     rows, cols, # (new links,)
@@ -479,13 +482,13 @@ def connect(self,
     """Add links
 
     Raises: ValueError for a link that exists."""
-    rows, cols = _positions(rows, self.out_features, 'rows'), _positions(cols, self.in_features, 'cols')
-    old, new = self.keys(), (rows*self.in_features + cols).to(self.values.device)
-    _once(new, self.in_features)
+    old, new = self.keys(), _pairs(rows, cols, self.out_features, self.in_features).to(self.values.device)
+    values = torch.as_tensor(values).detach().reshape(-1).to(self.values)
+    if len(values) != len(new): raise ValueError(f'values: got {len(values)} for {len(new)} links')
     if (hit := torch.isin(new, old)).any():
         k = int(new[hit][0])
         raise ValueError(f'rows, cols: the link {k // self.in_features} <- {k % self.in_features} exists; takes absent links')
-    values, full = torch.as_tensor(values).to(self.values), self._wide(len(old) + len(new)) if full is None else full
+    full = self._wide(len(old) + len(new)) if full is None else full
     if self.full and full: return self._written(new, values, True)
     at = old if self.full else torch.arange(len(old), device=old.device)
     key, by = torch.cat([old, new]).sort()
@@ -499,9 +502,7 @@ def disconnect(self,
     """Remove links
 
     Raises: ValueError for a link that does not exist."""
-    rows, cols = _positions(rows, self.out_features, 'rows'), _positions(cols, self.in_features, 'cols')
-    old, gone = self.keys(), (rows*self.in_features + cols).to(self.values.device)
-    _once(gone, self.in_features)
+    old, gone = self.keys(), _pairs(rows, cols, self.out_features, self.in_features).to(self.values.device)
     if (miss := ~torch.isin(gone, old)).any():
         k = int(gone[miss][0])
         raise ValueError(f'rows, cols: there is no link {k // self.in_features} <- {k % self.in_features}')

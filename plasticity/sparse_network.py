@@ -7,7 +7,9 @@ __all__ = ['ACTIVATIONS', 'REACH', 'reached', 'complete', 'MinimalNetwork', 'tra
            'Sprout', 'Fill', 'live_units', 'get_connectivity_stats']
 
 # %% ../nbs/13e_sparse_network.ipynb #59e27e4e
+import operator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +71,13 @@ class MinimalNetwork(nn.Module):
         dense_from:float=None, # share of a layer's links from which it takes all of them, new ones at zero; None: never
     ):
         super().__init__()
-        sizes = [int(n) for n in layer_sizes]
+        try: sizes = [operator.index(n) for n in layer_sizes]
+        except TypeError: sizes = []
         if len(sizes) < 2 or min(sizes) < 1: raise ValueError(f'layer_sizes: got {layer_sizes!r}, takes two or more positive integers')
         if activation not in ACTIVATIONS: raise ValueError(f'activation: got {activation!r}{did_you_mean(activation, ACTIVATIONS)}')
-        if not 0 < sparsity <= 1: raise ValueError(f'sparsity: got {sparsity!r}, takes the share of links that exist, over 0 up to 1')
-        if dense_from is not None and not 0 < dense_from <= 1:
+        if not isinstance(sparsity, Real) or not 0 < sparsity <= 1:
+            raise ValueError(f'sparsity: got {sparsity!r}, takes the share of links that exist, over 0 up to 1')
+        if dense_from is not None and not (isinstance(dense_from, Real) and 0 < dense_from <= 1):
             raise ValueError(f'dense_from: got {dense_from!r}, takes the share of links from which a layer has all, over 0 up to 1')
         self.layer_sizes, self.sparsity, self.activation, self.seed, self.program = sizes, sparsity, activation, seed, None
         self.dense_from = dense_from
@@ -106,7 +110,8 @@ class MinimalNetwork(nn.Module):
     def n_links(self): return sum(m.n_links for m in (*self.links.values(), *self.memory.values()))
     def thick(self): # paths of the layers that are to take all links, and lack some
         layers = [] if self.dense_from is None else [(f'{d}.{k}', m) for d in ('links', 'memory') for k, m in getattr(self, d).items()]
-        return [k for k, m in layers if self.dense_from <= m.density < 1]
+        places = [(k, m.n_links, m.in_features*m.out_features) for k, m in layers]
+        return [k for k, n, total in places if max(1, int(self.dense_from*total)) <= n < total] # a draw at this share is one
     def at(self, j): # slice of layer j in `bias` and `load`
         o = sum(self.layer_sizes[1:j])
         return slice(o, o + self.layer_sizes[j])

@@ -290,12 +290,12 @@ def language(experiment,
     test_stretches:int=64 # of the test text, read after each epoch; 0 for all
 ): # for the command line
     "Learn to continue a text"
+    from plasticity.experiments import ConfigError, go
     e = experiment
     if not hasattr(e.data, 'sampled'):
-        from plasticity.experiments import ConfigError
         raise ConfigError(f"training: 'language' takes dataset=text, got dataset={e.data.name}")
     if test_stretches: e.data = e.data.subset(test=min(test_stretches, len(e.data.x_test)))
     if steps_per_epoch: e.data = e.data.sampled(steps_per_epoch*batch_size)
     trainer = e.trainer(batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
                         precision=precision, compile=compile)
-    return trainer.load(e.folder).fit() if e.config['resume'] else trainer.fit(e.epochs(epochs))
+    return go(e, trainer, epochs)

@@ -105,7 +105,10 @@ def make_optimizer(
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS: raise ValueError(f'optimizer: no {optimizer!r}{did_you_mean(optimizer, OPTIMIZERS)}')
         optimizer = OPTIMIZERS[optimizer]
-    return optimizer(params, **options)
+    try: return optimizer(params, **options)
+    except (TypeError, ValueError) as e:
+        given = ', '.join(f'{k}={v!r}' for k, v in options.items() if v is not None and v is not False)
+        raise type(e)(f"optimizer: got {getattr(optimizer, '__name__', optimizer)} with {given}: {e}") from e
 
 # %% ../nbs/03_training.ipynb #9cf43960
 SCHEDULES = dict(

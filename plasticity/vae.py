@@ -319,7 +319,7 @@ def vae_training(experiment,
     bits:int=8 # of quantized weights
 ):
     "Train an autoencoder that grows, prunes and quantizes on schedules"
-    from plasticity.experiments import ConfigError, building
+    from plasticity.experiments import ConfigError, building, go
     e = experiment
     if not isinstance(e.model, AdaptiveVAE):
         raise ConfigError(f"training: 'vae' takes model=vae, got model={e.choice('model')}")
@@ -332,7 +332,7 @@ def vae_training(experiment,
         grow_on = Schedule(grow_every, cooldown=cooldown, min_samples=min_samples) if grow_every else 0
         trainer.callbacks += [*([Warmup(warmup_kl)] if warmup_kl else []), Diary(), *adaptation(
             grow_on, prune_every, quantize_every, grow_threshold, prune_threshold, grow_ratio, max_channels, max_latent, bits)]
-    trainer = trainer.load(e.folder).fit() if e.config['resume'] else trainer.fit(e.epochs(epochs))
+    go(e, trainer, epochs)
     pictures_of(trainer, e.folder)
     return trainer
 

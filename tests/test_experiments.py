@@ -62,6 +62,16 @@ def test_every_model_on_small_images(model, tmp_path, monkeypatch):
     (['training=extrema', 'training.patience=-3'], 'patience: got -3'),
     (['training=extrema', 'training.hidden_sizes=[]'], 'hidden_sizes: got []'),
     (['training=extrema', 'training.router=foo'], 'random'),
+    (['training=extrema', 'training.hidden_sizes=[a]'], "hidden_sizes: got ['a']"),
+    (['training=extrema', 'training.hidden_sizes=[0]'], 'hidden_sizes: got [0]'),
+    (['training=extrema', 'model=cnn'], "model: got cnn; training=extrema makes its network by training.hidden_sizes"),
+    (['training=extrema', 'model.hidden_sizes=[8]'], "model: got {'hidden_sizes': [8]}; training=extrema"),
+    (['training=extrema', 'growth=loss'], 'growth: got a strategy; training=extrema grows as training.router says'),
+    (['training=extrema', 'policy=redo'], 'no units of this MinimalNetwork can be replaced'),
+    (['training=extrema', 'policy=head_reset'], 'this MinimalNetwork has no linear or convolution layer'),
+    (['policy=heads'], 'model: got a MLP, takes one of attention heads'),
+    (['training=adaptive', 'policy=heads'], 'model: got a AdaptiveMLP, takes one of attention heads'),
+    (['optimizer.lr=-1'], 'optimizer: got Adam with'), (['optimizer.betas=3'], 'betas=3'),
     (['model=vae', 'training=vae', 'training.warmup_kl=-5'], 'warmup_kl: got -5'),
     (['training=vae'], 'takes model=vae, got model=mlp'), (['training=language'], 'takes dataset=text, got dataset=digits')])
 def test_wrong_words_get_one_line(words, says, tmp_path):
@@ -283,6 +293,38 @@ def test_a_run_goes_on_with_what_it_was_made_with(tmp_path):
     assert json.loads((folder/'config.json').read_text())['optimizer']['name'] == 'adam'
     run(f'resume={folder}', 'dataset=digits', 'optimizer=adam', 'training.epochs=2', folder=folder, quick=QUICK[1:])
     assert ex.read_run(folder)[1][-1]['epoch'] == 2
+
+KINDS = dict(standard=['training.schedule=cosine', 'training.clip=1.'], adaptive=['training.grow_every=7', 'training.max_width=99'],
+             cloning=['training.num_expansions=1', 'training.initial_epochs=3'], continual=['training.epochs_per_task=2'],
+             extrema=['training.hidden_sizes=[9]', 'training.sparsity=.3', 'training.activation=relu', 'training.router=random',
+                      'training.dense_from=.2', 'training.patience=3', 'training.limits=false'], vae=['training.warmup_kl=3'])
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_option_of_a_run_that_goes_on_is_lost(kind, tmp_path):
+    epochs = {'cloning': ['training.initial_epochs=1', 'training.epochs_per_expansion=1', 'training.num_expansions=0'],
+              'continual': ['training.epochs_per_task=1', 'task.tasks=2']}.get(kind, ['training.epochs=1'])
+    model = dict(extrema=['training.hidden_sizes=[8]', 'training.sparsity=.05'],
+                 vae=['model=vae', 'model.channels=[2,2]', 'model.latent_dim=2'])
+    words = f'training={kind}', *epochs, *model.get(kind, ['model.hidden_sizes=[8]']), 'dryrun=false', 'metrics.probe=64'
+    folder = run(*words, folder=tmp_path/'r', quick=('logging.progress=false',))
+    kept = (folder/'config.json').read_text()
+    for word in KINDS[kind]:
+        with pytest.raises(ex.ConfigError, match=f"^{word.partition('=')[0]}: the run in .* takes no .* beside resume="):
+            run(f'resume={folder}', word, folder=folder, quick=())
+    assert (folder/'config.json').read_text() == kept
+    run(f'resume={folder}', *words[1:-1], folder=folder, quick=()) # what it was made with may be said again
+    if 'training.epochs=1' in epochs:
+        run(f'resume={folder}', 'training.epochs=2', folder=folder, quick=())
+        assert ex.read_run(folder)[1][-1]['epoch'] == 2 == json.loads((folder/'config.json').read_text())['training']['epochs']
+
+def test_a_fault_in_the_midst_is_no_wrong_word(tmp_path):
+    @ex.register_policy('broken')
+    class Broken(Callback):
+        def after_step(self, trainer): raise ValueError('a fault of its own')
+    try:
+        with pytest.raises(ValueError, match='a fault of its own') as e: run('policy=broken', folder=tmp_path/'r')
+        assert not isinstance(e.value, ex.ConfigError)
+    finally: ex.POLICIES.pop('broken')
 
 def test_a_folder_of_any_name_goes_on(tmp_path):
     folder = tmp_path/"lr=0.1, it's (1)"

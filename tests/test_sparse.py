@@ -391,6 +391,23 @@ def test_filled_a_layer_is_dense_and_comes_back(density):
     with pytest.raises(TypeError, match="layer: '2' is a Linear; takes a SparseLinear"):
         with edit(net, adam, x) as e: e.do(Fill('2'))
 
+@pytest.mark.parametrize('density', [.1, .6])
+def test_wrong_links_are_named(density):
+    layer = random_layer(6, 5, density); free = [v[:1] for v in layer.absent()]; before = layer.matrix().detach().clone()
+    for call, error, says in ((lambda: layer.connect(*free, [1., 2.]), ValueError, 'values: got 2 for 1 links'),
+                              (lambda: layer.connect(*free, []), ValueError, 'values: got 0 for 1 links'),
+                              (lambda: layer.connect([0], [0, 1], [1., 2.]), ValueError, 'rows, cols: got 1 and 2'),
+                              (lambda: layer.connect([.5], [1], [1.]), TypeError, 'rows: got torch.float32, takes indices'),
+                              (lambda: layer.disconnect([1], [True]), TypeError, 'cols: got torch.bool, takes indices'),
+                              (lambda: SparseLinear(6, 5, [0], [1.7]), TypeError, 'cols: got torch.float32'),
+                              (lambda: SparseLinear(6, 5, [0, 0], [1, 1]), ValueError, 'rows, cols: got the link 0 <- 1 twice'),
+                              (lambda: from_dense(nn.Linear(6, 5), torch.ones(5, 7)), ValueError, r'mask: got \(5, 7\), takes \(5, 6\)')):
+        with pytest.raises(error, match=says): call()
+    assert torch.equal(layer.matrix(), before) and layer.n_links == int(layer.mask().sum())
+    net = nn.Sequential(layer)
+    with pytest.raises(TypeError, match='rows: got torch.float32, takes indices'):
+        with edit(net, None, torch.randn(2, 6)) as e: e.connect('0', [.5], [1])
+
 def test_noise_in_a_layer_that_is_a_list_again():
     net = nn.Sequential(random_layer(12, 10, .6)); opt, x = NoisySGD(net.parameters(), lr=.1, noise=.1), torch.randn(4, 12)
     def train():
