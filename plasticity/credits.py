@@ -65,7 +65,7 @@ class GrowthScheduler:
     ):
         for k, v, least in (('window', window, 1), ('growth_threshold', growth_threshold, 1), ('spike_credits', spike_credits, 0),
                             ('boundary_credits', boundary_credits, 0), ('boundary_every', boundary_every, 0), ('rate_step', rate_step, 0),
-                            ('stabilization_epochs', stabilization_epochs, 0)):
+                            ('stabilization_epochs', stabilization_epochs, 0), ('threshold', threshold, 0), ('level', level, 0)):
             if not isinstance(v, Real) or not v >= least: raise ValueError(f'{k}: got {v!r}, takes {least} or more')
         self.window, self.threshold, self.level = window, threshold, level
         self.spike_credits, self.boundary_credits, self.boundary_every = spike_credits, boundary_credits, boundary_every

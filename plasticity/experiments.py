@@ -208,7 +208,8 @@ def go(experiment, trainer, epochs):
     "Train to the end, or go on to it from a checkpoint; more epochs than it was made for take it further"
     if not experiment.config['resume']: return trainer.fit(experiment.epochs(epochs))
     trainer.load(experiment.folder)
-    trainer.goal = ['epoch', experiment.epochs(epochs)]
+    if trainer.epoch > (goal := experiment.epochs(epochs)): raise ConfigError(f'epochs: got {epochs}, but the run has done {trainer.epoch}')
+    trainer.goal = ['epoch', goal]
     return trainer.fit()
 
 # %% ../nbs/21_experiments.ipynb #0295d1ac
@@ -721,18 +722,23 @@ def _json(path, what):
     if not isinstance(tree, dict): raise ConfigError(f'{what}: {path} holds a {type(tree).__name__}, takes an object of groups and options')
     return {k: dict(name=v) if k in DEFAULTS and isinstance(v, str) else v for k, v in tree.items()}
 
-MADE_WITH = 'model', 'optimizer', 'policy', 'growth', 'training'
+MADE_WITH = 'model', 'dataset', 'optimizer', 'policy', 'growth', 'training', 'task', 'dryrun'
+FREE = 'training.epochs', 'dataset.path'
 
 def _goes_on(words, tree, run):
-    "Refuse words that a run which goes on cannot follow"
+    "The words that say something new; those that a run which goes on cannot follow are refused"
+    new = []
     for w in words:
-        k = w.partition('=')[0]
+        k = w.lstrip('+~').partition('=')[0]
         group, _, option = k.partition('.')
-        if k == 'training.epochs' or k != 'dataset' and group not in MADE_WITH: continue
-        had = tree.get(group, {}).get(option or 'name')
-        said = _read(w).value()
-        if getattr(said, 'text', said) != had: # a string in quotes has a text
+        if w[0] == '-' or group not in tree: new.append(w); continue
+        had, said = tree[group], _read(w).value()
+        if isinstance(had, dict): had = had.get(option or 'name')
+        if w[0] != '~' and getattr(said, 'text', said) == had: continue # a string in quotes has a text
+        if group in MADE_WITH and k not in FREE:
             raise ConfigError(f'{k}: the run in {run} goes on with {had!r}; takes no {w} beside resume=')
+        new.append(w)
+    return new
 
 def _take(words, flag):
     "Remove `flag VALUE` or `flag=VALUE` from the words; gives the values"
@@ -758,7 +764,7 @@ def _expand(words):
         tree |= {k: v for k, v in _json(Path(run)/'config.json', 'resume').items() if k != 'resume'}
         if not (Path(run)/'checkpoint.json').exists(): raise ConfigError(f'resume: no checkpoint in {run}')
         words = [w for w in words if not w.startswith('resume=')] + [f'resume={_word(run)}', f'hydra.run.dir={_word(run)}']
-    if run and run != 'null': _goes_on(words, tree, run)
+    if run and run != 'null': words = _goes_on(words, tree, run)
     words = _autoencoder(_language(words, tree), tree)
     chosen = {w.partition('=')[0] for w in words}
     tree = {k: v for k, v in tree.items() if k not in chosen}

@@ -20,7 +20,7 @@ from .edits import edit
 from .results import Table, generator, method, stream_seed # noqa: F401
 from .routing import ConnectionRouter, Proposal, activity, find_extrema, make_router # noqa: F401
 from .sparse import SparseLinear # noqa: F401
-from .sparse_network import Fill, MinimalNetwork, Sprout
+from .sparse_network import Charge, Fill, MinimalNetwork, Sprout
 from .training import Callback, Trainer
 from .units import EditError
 
@@ -64,7 +64,10 @@ def apply_growth(
     """Make the edits of a proposal: all, or none
 
     Raises: what the edit that cannot be done raises; the model is then as it was."""
-    network, prefix = model.get_submodule(path), f'{path}.' if path else ''
+    network, prefix = dict(model.named_modules()).get(path), f'{path}.' if path else ''
+    if not isinstance(network, MinimalNetwork):
+        raise TypeError(f'model: got a {type(network).__name__} at {path!r}, takes a MinimalNetwork')
+    if not isinstance(proposal, Proposal): raise TypeError(f'proposal: got a {type(proposal).__name__}, takes a Proposal')
     weights = fresh_weights(network, proposal, generator(0, 'weights') if g is None else g, scale)
     sizes = list(network.layer_sizes)
     with edit(model, optimizer, examples, check=check) as e:
@@ -73,8 +76,8 @@ def apply_growth(
         new = [(*v[:4], w) for v, w in zip(proposal.links, weights, strict=True)]
         for (i, j), v in sorted(_by_pair(new).items()): e.connect(_path(prefix, i, j), *map(list, zip(*v, strict=True)))
         for name in network.thick(): e.do(Fill(prefix + name))
-    for i, _, j, t, _ in proposal.links:
-        if i < j and t < sizes[j]: network.load[network.at(j).start + t] += 1
+        load = [network.at(j).start + t for i, _, j, t, _ in proposal.links if i < j and t < sizes[j]]
+        if load: e.do(Charge(load, path))
     return e.record
 
 # %% ../nbs/14_extrema.ipynb #620a6eb3
@@ -107,7 +110,7 @@ class Growth(Callback):
         self.follow = None if follow is None else {v['epoch']: v for v in follow}
         self.events, self.rows, self.norms = [], Table(), []
         self.no_extrema = self.best_epoch = self.refused = 0
-        self.best, self.accuracies, self.losses, self.judged = None, [], [], True
+        self.best, self.accuracies, self.losses, self.judged, self.loaded = None, [], [], True, False
 
     def of(self, trainer): # the network and its path
         return next((m, n) for n, m in trainer.model.named_modules() if isinstance(m, MinimalNetwork))
@@ -115,6 +118,11 @@ class Growth(Callback):
     def before_fit(self, trainer):
         if not any(isinstance(m, MinimalNetwork) for m in trainer.model.modules()):
             raise TypeError(f'model: got a {type(trainer.model).__name__}, takes one with a MinimalNetwork')
+        if self.loaded and self.over(trainer.epoch - 1): trainer.stop = True # it had ended
+        self.loaded = False
+
+    def over(self, epoch): # whether patience is at its end
+        return bool(self.patience) and max(self.no_extrema, epoch - self.best_epoch) >= self.patience
 
     def before_step(self, trainer): self.window.append((trainer.x, trainer.y))
 
@@ -148,7 +156,7 @@ def after_epoch(self, trainer):
                           low=sum(len(e['low']) for e in extrema), links=net.n_links, grew=event is not None,
                           norm=float(norms.mean()) if len(norms) else 0.,
                           **{k: m.n_links/(m.in_features*m.out_features) for k, m in net.links.items()}))
-    if self.patience and max(self.no_extrema, epoch - self.best_epoch) >= self.patience: trainer.stop = True
+    if self.over(epoch): trainer.stop = True
 
 # %% ../nbs/14_extrema.ipynb #6cc05852
 @method(Growth)
@@ -179,7 +187,8 @@ def grow(self, trainer, extrema, epoch):
                                                 structures=told['structures']))
     draw = lambda what: generator(self.seed, what, len(self.events), self.refused)
     p = self.router.propose(net, extrema, s.left, draw('route'), window=list(self.window), loss=trainer.loss_fn, **more)
-    trainer.loss, trainer.logits = trainer.loss.detach(), trainer.logits.detach() # their graph, used up, holds what changes
+    if trainer.loss is not None: # after a checkpoint at an epoch's end it is
+        trainer.loss, trainer.logits = trainer.loss.detach(), trainer.logits.detach() # their graph, used up, holds what changes
     x = self.window[-1][0][:16]
     before, event = net.n_links, dict(epoch=epoch, phase=s.phase, credits=s.credits)
     try: record = apply_growth(trainer.model, trainer.optimizer, p, x, path, draw('weights'), self.scale, self.check) if p else None
@@ -213,6 +222,7 @@ def load_state_dict(self, state):
         elif k == 'norms': self.norms = [torch.tensor(n) for n in v]
         elif k == 'window': self.window.clear(); self.window.extend(tuple(b) for b in v)
         else: setattr(self, k, v)
+    self.loaded = True
 
 # %% ../nbs/14_extrema.ipynb #aaa6c079
 def plot_curves(

@@ -624,6 +624,7 @@ def _hook(self, name):
             if not lone: k = self.plans[key] = Known(h, axis, stats, self.rows, self.all_images)
         self.records.append(r)
         if self.gradients and h.requires_grad: self._follow(r, h, axis, lone, k)
+    hook.reads = not self.gradients # it changes nothing
     return hook
 
 # %% ../nbs/04_monitors.ipynb #e17152ec

@@ -61,7 +61,13 @@ class EditRecord:
 
 def _told(d):
     if d['edit'] == 'Undo': return f"Undo({_told(d['of'])})"
-    return f"{d['edit']}({', '.join(f'{k}={v!r}' for k, v in d.items() if k != 'edit' and v is not None)})"
+    return f"{d['edit']}({', '.join(f'{k}={_brief(v)}' for k, v in d.items() if k != 'edit' and v is not None)})"
+
+def _brief(v):
+    "A value; of a long list its beginning"
+    if not isinstance(v, (list, tuple)) or len(v) <= 8: return repr(v)
+    if all(isinstance(i, int) for i in v) and list(v) == [*range(v[0], v[0] + len(v))]: return f'range({v[0]}, {v[0] + len(v)})'
+    return f"[{', '.join(map(repr, v[:4]))}, and {len(v) - 4} more]"
 
 def _growth(e): return sum(int(np.prod(s)) for s in e['after'].values()) - sum(int(np.prod(s)) for s in e['before'].values())
 

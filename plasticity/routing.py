@@ -9,6 +9,7 @@ __all__ = ['ROUTERS', 'activity', 'find_extrema', 'Proposal', 'ConnectionRouter'
 
 # %% ../nbs/13g_routing.ipynb #40168b67
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import nn
@@ -93,7 +94,8 @@ class ConnectionRouter:
     ):
         for n, v in dict(fan_out=fan_out, cap=cap, clones=clones, patch=patch).items():
             if not isinstance(v, int) or v < 0: raise ValueError(f'{n}: got {v!r}, takes a whole number, 0 or more')
-        if not 1 <= reach <= 3: raise ValueError(f'reach: got {reach}, takes 1 to 3')
+        if not isinstance(clone_factor, Real): raise TypeError(f'clone_factor: got {clone_factor!r}, takes a number')
+        if reach not in (1, 2, 3): raise ValueError(f'reach: got {reach}, takes 1 to 3')
         if not 0 <= reciprocal <= 1: raise ValueError(f'reciprocal: got {reciprocal}, takes a probability')
         self.fan_out, self.reach, self.cap, self.reciprocal = fan_out, reach, cap, reciprocal
         self.clones, self.clone_factor, self.patch = clones, clone_factor, patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'REACH', 'reached', 'complete', 'MinimalNetwork', 'trace', 'step', 'forward', 'sequence', 'resize',
-           'Sprout', 'Fill', 'live_units', 'get_connectivity_stats']
+           'Sprout', 'Charge', 'Fill', 'live_units', 'get_connectivity_stats']
 
 # %% ../nbs/13e_sparse_network.ipynb #59e27e4e
 import operator
@@ -101,6 +101,8 @@ class MinimalNetwork(nn.Module):
         scale = link_scale(rows, cols, a, b, 'he' if self.activation == 'relu' else 'xavier')
         return SparseLinear(a, b, rows, cols, scale*torch.randn(len(rows), generator=generator(self.seed, 'values', i)), False, mode)
 
+    def __getstate__(self): return dict(super().__getstate__(), program=None) # a copy makes its own
+
     @property
     def pairs(self): # of layers, sources first
         return [(i, j) for j in range(1, len(self.layer_sizes)) for i in range(max(0, j - REACH), j)]
@@ -156,7 +158,13 @@ def _sum(self, h, j, b, before):
 def _plus(a, b): return b if a is None else a + b
 
 # %% ../nbs/13e_sparse_network.ipynb #24030347
-def _watched(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+
+def _watched(m):
+    "Whether a hook may change something: not if all of them only read"
+    return m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or not all(map(_reads, m._forward_hooks.values()))
+
+def _reads(hook): return getattr(hook, 'reads', False)
 
 def _same(m, c, n, mode):
     "Whether a layer is as it was seen"
@@ -167,8 +175,9 @@ def _same(m, c, n, mode):
 def _program(self):
     "How the network is computed as a whole, or None"
     p = self.program
-    if p is None or not all(_same(*v) for v in p['seen']): self.program = p = self._made()
-    return None if p['kind'] is None or any(map(_watched, p['modules'])) or _has_any_global_hook() else p
+    if p is None or not all(_same(*v) for v in p['seen']) or p['acts'] != [*self.acts]: self.program = p = self._made()
+    hooks = any(map(_hooked, p['sparse'])) or any(map(_watched, p['acts'])) or _has_any_global_hook()
+    return None if p['kind'] is None or hooks else p
 
 @method(MinimalNetwork)
 def _made(self):
@@ -177,7 +186,8 @@ def _made(self):
     active = {k: m for k, m in layers.items() if m.n_links}
     index = [m.index() for m in active.values()]
     p = dict(seen=[(m, m.cache if m.n_links else None, m.n_links, m.mode) for m in layers.values()], active=list(active.values()),
-             modules=[*layers.values(), *self.acts], act=self.activation, every=all(m.full for m in active.values()), kind=None)
+             sparse=[*layers.values()], acts=[*self.acts], act=self.activation, every=all(m.full for m in active.values()), kind=None)
+    if any(type(a) is not ACTIVATIONS[self.activation] for a in p['acts']): return p
     if p['every']: return p | dict(kind='matrices', layers=_clears(active, index), widths=self.layer_sizes)
     if any(_long(m) for m in active.values()): return p
     return p | _listed(self.layer_sizes, list(active), index, [m.running if not m.full else 'full' for m in active.values()], self.at)
@@ -248,7 +258,7 @@ class _Run(torch.autograd.Function):
             h.append(z.contiguous() if j in p['read'] else z)
         ctx.p, ctx.n, ctx.stamps = p, len(bias), [q.get('stamp') for q in p['parts']]
         ctx.save_for_backward(*h[:-1], *held)
-        return h[-1].t()
+        return _own(h[-1].t())
 
     @staticmethod
     @once_differentiable
@@ -266,6 +276,10 @@ class _Run(torch.autograd.Function):
                 if back is not None: gh[q['i']] = _plus_(gh[q['i']], back)
         gb = torch.cat(gb)
         return None, None, gb if p['at'] is None else gb.new_zeros(ctx.n).index_copy_(0, p['at'], gb), *gv
+
+def _own(y):
+    "The same numbers, in the same place, as a tensor of their own: autograd forbids to change a view that a function made"
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 def _kept(p, values): return [v if q['keep'] is None else v.index_select(0, q['keep']) for q, v in zip(p['parts'], values, strict=True)]
 def _plus_(a, b): return b if a is None else a.add_(b)
@@ -318,6 +332,8 @@ def step(self,
     "One step without a past"
     p = self._program()
     if p is None or x.dtype != self.bias.dtype: return self.trace(x)[-1]
+    if any(a._forward_hooks for a in p['acts']): # they are called beside the step, whose bits do not depend on them
+        with torch.no_grad(): self.trace(x)
     if p['kind'] == 'matrices': return _matrices(x, p, self.bias)
     if x.requires_grad or torch.is_autocast_enabled(x.device.type): return self.trace(x)[-1]
     return _Run.apply(x, p, self.bias, *(m._parameters['values'] for m in p['active']))
@@ -372,6 +388,13 @@ def _resized(m, i, o):
     m.in_features, m.out_features, m.cache = i, o, None
 
 # %% ../nbs/13e_sparse_network.ipynb #f9570f4a
+def _found(model, name, path, kind):
+    "The module of a kind at a path"
+    m = dict(model.named_modules()).get(path) if isinstance(path, str) else None
+    if not isinstance(m, kind):
+        raise TypeError(f"{name}: {path!r} is {'no module' if m is None else f'a {type(m).__name__}'}; takes the path of a {kind.__name__}")
+    return m
+
 @operation
 def _units(self, network, layer, k):
     for net in self.modules(network):
@@ -395,7 +418,7 @@ class Sprout(Edit):
     network: str = '' # path of the MinimalNetwork
 
     def plan(self, session):
-        net = session.model.get_submodule(self.network)
+        net = _found(session.model, 'network', self.network, MinimalNetwork)
         if not 0 < self.layer < len(net.layer_sizes) - 1:
             raise ValueError(f'layer: got {self.layer}, takes a hidden layer, 1 to {len(net.layer_sizes) - 2}')
         if self.k < 1: raise ValueError(f'k: got {self.k}, takes 1 or more')
@@ -409,6 +432,24 @@ class Sprout(Edit):
             for op in ops: s.run(op)
             s.run(dict(op='units', network=self.network, layer=self.layer, k=self.k))
         return Plan([op['tensor'] for op in ops], run)
+
+@operation
+def _charge(self, network, at, by):
+    for net in self.modules(network):
+        self.journal.append(lambda net=net, old=net.load.data: set_data(net.load, old))
+        set_data(net.load, net.load.index_add(0, at.to(net.load.device), by.to(net.load.device)))
+    return [dict(op='charge', network=network, at=at, by=-by)]
+
+@dataclass(frozen=True)
+class Charge(Edit):
+    "Count incoming links that growth has made, for the cap on them"
+    at: list # units, as `load` numbers them; one for each link
+    network: str = '' # path of the MinimalNetwork
+
+    def plan(self, session):
+        _found(session.model, 'network', self.network, MinimalNetwork)
+        at, by = torch.tensor(self.at, dtype=torch.long).unique(return_counts=True)
+        return Plan([], lambda s: s.run(dict(op='charge', network=self.network, at=at, by=by)))
 
 def _wider(name, m, layer, key, k):
     "The operation that makes room in a full matrix"
@@ -424,8 +465,7 @@ class Fill(Edit):
     layer: str # path of a SparseLinear
 
     def plan(self, session):
-        m = session.model.get_submodule(self.layer)
-        if not isinstance(m, SparseLinear): raise TypeError(f'layer: {self.layer!r} is a {type(m).__name__}; takes a SparseLinear')
+        m = _found(session.model, 'layer', self.layer, SparseLinear)
         rows, cols = (v.cpu() for v in m.absent())
         op = dict(op='connect', layer=self.layer, rows=rows, cols=cols, values=torch.zeros(len(rows)))
         return Plan([f'{self.layer}.{n}'.strip('.') for n in m._parameters], lambda s: s.run(op))
@@ -435,7 +475,8 @@ class Fill(Edit):
 def _load_from_state_dict(self, state, prefix, *rest):
     "Take over the widths of the saved network"
     saved = state.get(prefix + 'sizes')
-    if saved is not None and len(saved) == len(self.layer_sizes):
+    if saved is not None:
+        if wrong := self._misfit(state, prefix): raise ValueError(f'state_dict: {wrong}')
         self.layer_sizes, self.program = saved.tolist(), None
         for m, n in ((self.bias, 'bias'), (self.load, 'load')):
             if m.shape != state[prefix + n].shape: set_data(m, torch.empty_like(state[prefix + n], device=m.device, dtype=m.dtype))
@@ -443,6 +484,22 @@ def _load_from_state_dict(self, state, prefix, *rest):
             i, j = map(int, key.split('_'))
             m.in_features, m.out_features = self.layer_sizes[i], self.layer_sizes[j]
     nn.Module._load_from_state_dict(self, state, prefix, *rest)
+
+@method(MinimalNetwork)
+def _misfit(self, state, prefix):
+    "Why a state is not one of such a network, or None"
+    sizes, mine = state[prefix + 'sizes'].tolist(), len(self.layer_sizes)
+    if len(sizes) != mine: return f'got {len(sizes)} layers, {sizes}, takes {mine}'
+    for name in ('bias', 'load'):
+        if (v := state.get(prefix + name)) is None or len(v) != sum(sizes[1:]): return f'got no {name} of {sum(sizes[1:])} units'
+    for d in ('links', 'memory'):
+        for key in getattr(self, d):
+            (i, j), at = map(int, key.split('_')), f'{d}.{key}.'
+            v, ptr, present = (state.get(f'{prefix}{at}{n}') for n in ('values', 'ptr', 'present'))
+            places = sizes[i]*sizes[j]
+            whole = v is not None and present is not None and len(present) == len(v) == places
+            if not whole and (v is None or ptr is None or len(ptr) != sizes[j] + 1):
+                return f'got no {at}values between {sizes[i]} and {sizes[j]} units'
 
 # %% ../nbs/13e_sparse_network.ipynb #b13ad987
 @method(MinimalNetwork)

@@ -312,10 +312,38 @@ def test_no_option_of_a_run_that_goes_on_is_lost(kind, tmp_path):
         with pytest.raises(ex.ConfigError, match=f"^{word.partition('=')[0]}: the run in .* takes no .* beside resume="):
             run(f'resume={folder}', word, folder=folder, quick=())
     assert (folder/'config.json').read_text() == kept
-    run(f'resume={folder}', *words[1:-1], folder=folder, quick=()) # what it was made with may be said again
+    for word in f'++{KINDS[kind][0]}', '~training.seed', 'dryrun=true', 'task.tasks=9', 'dataset.x=3':
+        with pytest.raises(ex.ConfigError, match='takes no .* beside resume='): run(f'resume={folder}', word, folder=folder, quick=())
+    if 'training.epochs=1' in epochs:
+        with pytest.raises(ex.ConfigError, match='epochs: got 0, but the run has done 1'):
+            run(f'resume={folder}', 'training.epochs=0', folder=folder, quick=())
+    assert (folder/'config.json').read_text() == kept
+    run(f'resume={folder}', *words, 'optimizer=adam', folder=folder, quick=()) # what it was made with may be said again
+    now = json.loads((folder/'config.json').read_text())
+    assert now | dict(resume=None) == json.loads(kept)
     if 'training.epochs=1' in epochs:
         run(f'resume={folder}', 'training.epochs=2', folder=folder, quick=())
         assert ex.read_run(folder)[1][-1]['epoch'] == 2 == json.loads((folder/'config.json').read_text())['training']['epochs']
+
+def test_a_film_changes_no_bit(tmp_path, monkeypatch):
+    "Frames are taken by the clock: what a run computes must not depend on them"
+    words = ('training=extrema', 'dataset=digits', 'training.hidden_sizes=[24,16]', 'training.sparsity=.1', 'training.limits=false',
+             'optimizer.lr=.01', 'training.batch_size=64', 'training.epochs=3')
+    film, got = ex.Filming, []
+    for name, make in dict(none=lambda **k: None, now_and_then=lambda **k: film(**k | dict(steps=7)),
+                           always=lambda **k: film(**k | dict(steps=1))).items():
+        monkeypatch.setattr(ex, 'Filming', make)
+        folder = run(*words, folder=tmp_path/name, quick=('logging.progress=false',))
+        got.append(((folder/'growth.json').read_text(), (folder/'metrics.jsonl').read_text()))
+        assert name == 'none' or len(json.loads((folder/'topology.json').read_text())) > 0
+    assert got[0] == got[1] == got[2]
+
+def test_a_run_that_patience_ended_stays_ended(tmp_path):
+    folder = run('training=extrema', 'training.router=none', 'training.patience=2', 'training.epochs=20', 'training.hidden_sizes=[8]',
+                 'optimizer.lr=1e-9', folder=tmp_path/'r', quick=('logging.progress=false',))
+    done = ex.read_run(folder)[1][-1]['epoch']
+    run(f'resume={folder}', folder=folder, quick=())
+    assert ex.read_run(folder)[1][-1]['epoch'] == done < 20
 
 def test_a_fault_in_the_midst_is_no_wrong_word(tmp_path):
     @ex.register_policy('broken')

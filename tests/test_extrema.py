@@ -1,5 +1,5 @@
 "The thirteen rules of extrema-routed growth, the seed's snippets, and growth that happens whole or not at all"
-import copy, math, os
+import copy, math, os, pickle
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -10,9 +10,9 @@ from plasticity.credits import PHASES, GrowthScheduler, spikes
 from plasticity.data import get_data
 from plasticity.edits import edit, replay
 from plasticity.extrema import Growth, MultiScaleNetwork, apply_growth, create_multi_scale_network
-from plasticity.routing import ROUTERS, ConnectionRouter, activity, find_extrema, make_router
+from plasticity.routing import ROUTERS, ConnectionRouter, Proposal, activity, find_extrema, make_router
 from plasticity.sparse_network import MinimalNetwork, Sprout
-from plasticity.training import Trainer
+from plasticity.training import Checkpoint, Trainer
 
 EXAMPLES = int(os.environ.get('PLASTICITY_EXAMPLES', 0)) # 1000 and more for a longer look at random networks
 
@@ -422,6 +422,57 @@ def test_drawn_dense(density):
     other = MinimalNetwork([12, 9, 7, 3], .05); other.load_state_dict(net.state_dict())
     assert torch.allclose(other(x), net(x), atol=1e-6) and other.n_links == net.n_links
 
+def test_resumed_from_the_last_step_of_an_epoch(tmp_path):
+    def make():
+        g = Growth(scheduler=GrowthScheduler(growth_threshold=1, stabilization_epochs=0, limits=False)); g.scheduler.credits = 50
+        return Trainer(MinimalNetwork([64, 20, 16, 10], .1), get_data('digits').subset(train=320, test=100), device='cpu', callbacks=[g])
+    whole, part, save = make().fit(3), make(), Checkpoint(tmp_path, every=5)
+    save.after_epoch = save.after_fit = lambda trainer: None
+    part.callbacks.append(save); part.fit(steps=5)
+    on = make(); on.callbacks.append(Checkpoint(tmp_path/'on')); on.load(tmp_path); on.goal = ['epoch', 3]
+    assert on.step == on.batch == 5 and on.epoch == 0
+    on.fit()
+    assert all(map(torch.equal, whole.model.parameters(), on.model.parameters())) and len(on.callbacks[0].events) > 0
+
+def test_a_record_holds_what_growth_may_still_add():
+    net = MinimalNetwork([64, 20, 16, 10], .1, seed=0); start = copy.deepcopy(net)
+    for seed in range(3):
+        ext = find_extrema(activity(net, [(torch.randn(32, 64), None)]), 'tanh')
+        p = ConnectionRouter().propose(net, ext, None, torch.Generator().manual_seed(seed))
+        record = apply_growth(net, None, p, torch.randn(4, 64))
+        before, load = copy.deepcopy(start), start.load.clone()
+        replay(start, record)
+        assert torch.equal(start.load, net.load) and net.load.sum() > load.sum() and start.layer_sizes == net.layer_sizes
+        replay(start, record.inverse())
+        assert torch.equal(start.load, load) and all(map(torch.equal, before.state_dict().values(), start.state_dict().values()))
+        replay(start, record)
+
+@pytest.mark.parametrize('density', [.05, .1, .45, .6, 1.])
+def test_who_only_reads_changes_no_bit(density):
+    net, x = MinimalNetwork([64, 24, 16, 10], density, seed=0), torch.randn(9, 64)
+    def grads():
+        net.zero_grad(); net(x).square().sum().backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    seen, a = [], grads()
+    def hook(module, args, out): seen.append(out)
+    hook.reads = True
+    handle = net.acts[0].register_forward_hook(hook); b = grads(); handle.remove()
+    assert all(map(torch.equal, a, b)) and len(seen) == 1 and torch.allclose(seen[0], net.trace(x)[1], atol=1e-6)
+    net(x).sub_(1.).sum().backward()                              # the output is the caller's
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x)) and len(pickle.dumps(net)) < 30000
+    net.acts[0] = nn.ReLU()
+    assert torch.equal(net(x), net.trace(x)[-1])
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    net, x = MinimalNetwork([12, 9, 3], .3), torch.randn(2, 12); y = net(x)
+    whole = MinimalNetwork([12, 8, 3], .3).state_dict()
+    for state, says in ((MinimalNetwork([12, 9, 7, 3], .3).state_dict(), r'got 4 layers, \[12, 9, 7, 3\], takes 3'),
+                        ({k: v for k, v in whole.items() if k != 'links.0_1.values'}, 'got no links.0_1.values between 12 and 8 units'),
+                        ({k: v for k, v in whole.items() if k != 'load'}, 'got no load of 11 units')):
+        with pytest.raises(ValueError, match=f'state_dict: {says}'): net.load_state_dict(state)
+        assert torch.equal(net(x), y) and net.layer_sizes == [12, 9, 3]
+    net.load_state_dict(whole); assert net.layer_sizes == [12, 8, 3] and net(x).shape == (2, 3)
+
 def test_resumed_like_unbroken(tmp_path):
     def make():
         g = Growth('extrema', quick(limits=False)); g.scheduler.credits = 50
@@ -472,6 +523,11 @@ def test_errors_name_the_argument():
                         (lambda: MinimalNetwork([5, 2], dense_from='a'), "dense_from: got 'a'"),
                         (lambda: create_multi_scale_network(64, 48, 10), 'hidden_sizes: got 48'),
                         (lambda: Growth(scheduler=3), 'scheduler: got a int'), (lambda: Growth(follow=3), 'follow: got 3'),
+                        (lambda: apply_growth(nn.Linear(2, 2), None, Proposal(), torch.randn(1, 2)), 'model: got a Linear'),
+                        (lambda: apply_growth(MinimalNetwork([5, 2]), None, 3, torch.randn(1, 5)), 'proposal: got a int'),
+                        (lambda: GrowthScheduler(threshold='a'), "threshold: got 'a'"),
+                        (lambda: ConnectionRouter(reach=1.5), 'reach: got 1.5'),
+                        (lambda: ConnectionRouter(clone_factor='a'), "clone_factor: got 'a'"),
                         (lambda: Growth(3), 'router: got a int'), (lambda: ConnectionRouter(clones=-1), 'clones: got -1'),
                         (lambda: GrowthScheduler(spike_credits=-1), 'spike_credits: got -1'),
                         (lambda: GrowthScheduler(growth_threshold='a'), "growth_threshold: got 'a'"),

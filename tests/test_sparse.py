@@ -388,7 +388,7 @@ def test_filled_a_layer_is_dense_and_comes_back(density):
     for _ in range(3):
         for m, o in ((net, t), (twin, sgd)): o.zero_grad(); m(x).square().sum().backward(); o.step()
     assert torch.allclose(net[0].matrix(), twin[0].weight, atol=1e-5)
-    with pytest.raises(TypeError, match="layer: '2' is a Linear; takes a SparseLinear"):
+    with pytest.raises(TypeError, match="layer: '2' is a Linear; takes the path of a SparseLinear"):
         with edit(net, adam, x) as e: e.do(Fill('2'))
 
 @pytest.mark.parametrize('density', [.1, .6])
