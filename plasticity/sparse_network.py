@@ -242,7 +242,7 @@ _ACT = dict(tanh=(torch.tanh_, _back.tanh_backward.grad_input), sigmoid=(torch.s
             relu=(torch.relu_, lambda g, h, grad_input: _back.threshold_backward.grad_input(g, h, 0, grad_input=grad_input)))
 
 class _Run(torch.autograd.Function):
-    "The whole network as one operation, on (units, samples)"
+    "The whole network as one operation, on (units, samples); autograd forbids to change a view that a function made, so it makes none"
     @staticmethod
     def forward(ctx, x, p, bias, *values):
         x = x if p['inputs'] is None else x.index_select(1, p['inputs'])
@@ -258,13 +258,13 @@ class _Run(torch.autograd.Function):
             h.append(z.contiguous() if j in p['read'] else z)
         ctx.p, ctx.n, ctx.stamps = p, len(bias), [q.get('stamp') for q in p['parts']]
         ctx.save_for_backward(*h[:-1], *held)
-        return _own(h[-1].t())
+        return h[-1].clone() if h[-1]._is_view() else h[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         p, widths, saved = ctx.p, ctx.p['widths'], ctx.saved_tensors
-        last, g = len(widths) - 1, g.t()
+        last = len(widths) - 1
         h, held, gh, gv, gb = saved[:last], saved[last:], [None]*last, [None]*len(p['parts']), [None]*last
         act = _ACT[p['act']][1]
         for j in range(last, 0, -1):
@@ -276,10 +276,6 @@ class _Run(torch.autograd.Function):
                 if back is not None: gh[q['i']] = _plus_(gh[q['i']], back)
         gb = torch.cat(gb)
         return None, None, gb if p['at'] is None else gb.new_zeros(ctx.n).index_copy_(0, p['at'], gb), *gv
-
-def _own(y):
-    "The same numbers, in the same place, as a tensor of their own: autograd forbids to change a view that a function made"
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 def _kept(p, values): return [v if q['keep'] is None else v.index_select(0, q['keep']) for q, v in zip(p['parts'], values, strict=True)]
 def _plus_(a, b): return b if a is None else a.add_(b)
@@ -336,7 +332,7 @@ def step(self,
         with torch.no_grad(): self.trace(x)
     if p['kind'] == 'matrices': return _matrices(x, p, self.bias)
     if x.requires_grad or torch.is_autocast_enabled(x.device.type): return self.trace(x)[-1]
-    return _Run.apply(x, p, self.bias, *(m._parameters['values'] for m in p['active']))
+    return _Run.apply(x, p, self.bias, *(m._parameters['values'] for m in p['active'])).t()
 
 @method(MinimalNetwork)
 def forward(self,
