@@ -362,7 +362,7 @@ def _look_after(
 
 @torch.no_grad()
 def _stir(optimizer, args, kwargs):
-    noisy = any(g.get('noise') for g in optimizer.param_groups)
+    noisy = any(isinstance(n := g.get('noise'), torch.Tensor) or n for g in optimizer.param_groups) # a population's: one number a member
     news, steps = optimizer.__dict__.get('_stirred', (None, 0))
     optimizer._stirred = _, steps = _news[0], steps + 1 if news == _news[0] else 1
     if not noisy and steps % STIR != 1: return

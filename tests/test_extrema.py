@@ -95,16 +95,18 @@ def test_at_one_in_ten_thousand_every_network_of_twenty_learns_something():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=3, max_size=5), st.floats(.05, 1), st.sampled_from(['tanh', 'sigmoid', 'relu']),
-       st.integers(0, 99))
-def test_the_program_has_the_gradients_of_the_layers(sizes, density, activation, seed):
-    net = MinimalNetwork(sizes, density, activation, seed=seed, mode='gather').double()
+       st.integers(0, 99), st.sampled_from(['auto', 'gather']), st.integers(-1, 3))
+def test_the_program_has_the_gradients_of_the_layers(sizes, density, activation, seed, mode, lost):
+    net = MinimalNetwork(sizes, density, activation, seed=seed, mode=mode).double()
     with torch.no_grad(): net.bias.normal_()
     free = [(p, m) for p, m in net.links.items() if m.density < 1]
     for p, m in free[::2]:
         k = (~m.mask()).nonzero()[:1].T
         with edit(net, None, torch.randn(3, sizes[0]).double(), check=False) as e: e.connect(f'links.{p}', *k, [.3])
+    if (m := net.links[f'{lost}_{lost + 1}'] if 0 <= lost < len(sizes) - 1 else None) and m.n_links: m.disconnect(*m.links()[:2])
     x, t = torch.randn(4, sizes[0]).double(), torch.randn(4, sizes[-1]).double()
-    assert net._program()['kind'] in ('lists', 'matrices')
+    kind, full = net._program()['kind'], any(m.full for m in net.links.values())
+    assert kind == 'matrices' or kind == ('small' if mode == 'auto' and not full else 'lists')
     grads = []
     for f in (net, lambda v: net.trace(v)[-1]):
         net.zero_grad(); (f(x)*t).sum().backward()

@@ -341,6 +341,14 @@ def test_mixed_precision(mode, density):
             got.float().square().sum().backward()
         assert torch.allclose(got.float(), want, atol=.05) and all(m.values.grad.isfinite().all() for m in net.links.values() if m.n_links)
 
+def test_optimizers_of_other_models_may_have_noise_of_any_kind():
+    layer = random_layer(20, 10, .7); layer(torch.randn(3, 20)).sum().backward()
+    assert layer.full and not layer.mask().all()
+    p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
+    for noise in (torch.tensor([.1, 0.]), .1, 0, None):
+        sgd = torch.optim.SGD([p], lr=.1); sgd.param_groups[0]['noise'] = noise; sgd.step()
+    assert torch.allclose(p, torch.full((2,), .6))
+
 @pytest.mark.parametrize('make', [lambda p: NoisySGD(p, lr=.1, noise=.5), lambda p: UPGD(p, lr=.1, noise=.1)])
 def test_noise_of_an_optimizer_makes_no_links(make):
     for layer in (random_layer(20, 10, .7), random_layer(20, 10, .95)):
