@@ -191,10 +191,10 @@ def _made(self):
     if p['every']: return p | dict(kind='matrices', layers=_clears(active, index), widths=self.layer_sizes)
     if any(_long(m) for m in active.values()): return p
     ways = [m.running if not m.full else 'full' for m in active.values()]
-    need = None if 'full' in ways else _needed(self.layer_sizes, active, index)
+    here = index[0]['at'].type == 'cpu' and 'full' not in ways # elsewhere a launch costs more than a unit: none is left out
+    need = _needed(self.layer_sizes, active, index) if here else None
     few = need and all(m.mode == 'auto' for m in active.values()) and _places(need, active) <= SMALL_UP_TO
     if few: return p | _small(self.layer_sizes, active, index, need, self.at)
-    if index[0]['at'].type != 'cpu': need = None # where a launch costs more than a unit, none is left out
     return p | _listed(self.layer_sizes, list(active), index, ways, self.at, need)
 
 def _long(m): return not m.full and (m.running == 'csr' or m.n_links > 2**20)
