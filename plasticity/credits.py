@@ -7,11 +7,10 @@ __all__ = ['PHASES', 'spikes', 'GrowthScheduler', 'add_gradient_norms', 'add_gra
            'grown', 'judge', 'state_dict', 'load_state_dict', 'get_stats']
 
 # %% ../nbs/13f_credits.ipynb #f02e533a
-from numbers import Real
-
 import torch
 
 from .results import did_you_mean, generator, method
+from .schedules import _number, _whole
 
 # %% ../nbs/13f_credits.ipynb #2faee323
 def _splits(window, n=999):
@@ -63,10 +62,10 @@ class GrowthScheduler:
         limits:bool=True, # False lifts the limits of the phases
         rate_step:float=.1, # how far the price moves after each growth
     ):
-        for k, v, least in (('window', window, 1), ('growth_threshold', growth_threshold, 1), ('spike_credits', spike_credits, 0),
-                            ('boundary_credits', boundary_credits, 0), ('boundary_every', boundary_every, 0), ('rate_step', rate_step, 0),
-                            ('stabilization_epochs', stabilization_epochs, 0), ('threshold', threshold, 0), ('level', level, 0)):
-            if not isinstance(v, Real) or not v >= least: raise ValueError(f'{k}: got {v!r}, takes {least} or more')
+        _whole('window', window, 1); _number('growth_threshold', growth_threshold, 1)
+        for k, v in dict(boundary_every=boundary_every, stabilization_epochs=stabilization_epochs).items(): _whole(k, v, 0)
+        for k, v in dict(threshold=threshold, level=level, spike_credits=spike_credits, boundary_credits=boundary_credits,
+                         rate_step=rate_step).items(): _number(k, v, 0)
         self.window, self.threshold, self.level = window, threshold, level
         self.spike_credits, self.boundary_credits, self.boundary_every = spike_credits, boundary_credits, boundary_every
         self.growth_threshold, self.stabilization_epochs, self.rate_step = growth_threshold, stabilization_epochs, rate_step

@@ -10,7 +10,6 @@ __all__ = ['fresh_weights', 'apply_growth', 'Growth', 'after_epoch', 'look_back'
 
 # %% ../nbs/14_extrema.ipynb #2e5e21bf
 from collections import deque
-from numbers import Real
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from .credits import GrowthScheduler, spikes # noqa: F401 this page's names too
 from .edits import edit
 from .results import Table, generator, method, stream_seed # noqa: F401
 from .routing import ConnectionRouter, Proposal, activity, find_extrema, make_router # noqa: F401
+from .schedules import _number, _whole
 from .sparse import SparseLinear # noqa: F401
 from .sparse_network import Charge, Fill, MinimalNetwork, Sprout
 from .training import Callback, Trainer
@@ -96,8 +96,7 @@ class Growth(Callback):
         seed:int=0,
         **options # of the router
     ):
-        for n, v, least in (('window', window, 1), ('patience', patience, 0), ('scale', scale, 0)):
-            if not isinstance(v, Real) or not v >= least: raise ValueError(f'{n}: got {v!r}, takes {least} or more')
+        _whole('window', window, 1); _whole('patience', patience, 0); _number('scale', scale, 0)
         if scheduler is not None and not hasattr(scheduler, 'should_grow'):
             raise TypeError(f'scheduler: got a {type(scheduler).__name__}, takes a GrowthScheduler')
         if not hasattr(router, 'propose') and not isinstance(router, str):

@@ -9,12 +9,12 @@ __all__ = ['ROUTERS', 'activity', 'find_extrema', 'Proposal', 'ConnectionRouter'
 
 # %% ../nbs/13g_routing.ipynb #40168b67
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 from torch import nn
 
 from .results import did_you_mean, generator, method
+from .schedules import _number, _whole
 from .sparse import draw_places
 
 # %% ../nbs/13g_routing.ipynb #4c163103
@@ -92,11 +92,9 @@ class ConnectionRouter:
         clone_factor:float=.7, # of the original's weights
         patch:int=0, # further units, next to a high one in activity, linked to the same targets
     ):
-        for n, v in dict(fan_out=fan_out, cap=cap, clones=clones, patch=patch).items():
-            if not isinstance(v, int) or v < 0: raise ValueError(f'{n}: got {v!r}, takes a whole number, 0 or more')
-        if not isinstance(clone_factor, Real): raise TypeError(f'clone_factor: got {clone_factor!r}, takes a number')
+        for k, v in dict(fan_out=fan_out, cap=cap, clones=clones, patch=patch).items(): _whole(k, v, 0)
         if reach not in (1, 2, 3): raise ValueError(f'reach: got {reach}, takes 1 to 3')
-        if not 0 <= reciprocal <= 1: raise ValueError(f'reciprocal: got {reciprocal}, takes a probability')
+        _number('clone_factor', clone_factor); _number('reciprocal', reciprocal, 0, 1)
         self.fan_out, self.reach, self.cap, self.reciprocal = fan_out, reach, cap, reciprocal
         self.clones, self.clone_factor, self.patch = clones, clone_factor, patch
 
